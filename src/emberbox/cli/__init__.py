@@ -1,0 +1,1 @@
+"""The `emberbox` command. Nothing imports it."""

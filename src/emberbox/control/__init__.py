@@ -1,0 +1,1 @@
+"""The decisions: life cycle, templates, teams, quotas, placement. Called by `api`."""

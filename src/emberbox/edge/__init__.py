@@ -1,0 +1,1 @@
+"""The traffic door: HAProxy's configuration and its live route maps. Knows routes, nothing else."""

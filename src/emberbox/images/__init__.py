@@ -1,0 +1,1 @@
+"""Layers: the base image, OCI pull, build steps. Called by `node`."""

@@ -1,0 +1,1 @@
+"""Ways to isolate a machine, behind one protocol (`base.py`). Called by `node`."""

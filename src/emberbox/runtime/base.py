@@ -1,0 +1,155 @@
+"""The runtime protocol: how a node starts, saves and ends machines.
+
+A runtime knows one way to isolate (`container`, `firecracker`). It is handed a slot and the disks, and gives back a
+`Machine`. Deadlines, pools, events and the control plane are the node's business, not the runtime's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one machine may use."""
+
+    cpu_count: int
+    memory_mb: int
+    disk_size_mb: int
+    pids: int = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A prepared network namespace with its addresses and firewall, waiting for a machine."""
+
+    index: int
+    netns: str
+    """Name below /var/run/netns."""
+    host_address: IPv4Address
+    """The host's end of the veth pair; the machine's default gateway and resolver."""
+    address: IPv4Address
+    """Where the agent and the user's ports answer, seen from the host."""
+    tap: str | None = None
+    """Name of the tap inside the namespace, for microVMs."""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSpec:
+    """Everything a runtime needs to start a machine."""
+
+    machine_id: str
+    """Unique on the node, at most 32 characters of [a-z0-9]. Not the sandbox ID: a pooled machine has none yet."""
+    directory: Path
+    """Owned by the machine, on the node's disk; removed by the node after `destroy`."""
+    layers: tuple[Path, ...]
+    """Read-only images, lowest first."""
+    upper: Path
+    """The writable ext4 image, already of the asked size."""
+    slot: Slot
+    limits: Limits
+    hostname: str
+    control_hash: str
+    """Hex SHA-256 of the secret that opens the agent's control routes."""
+    dns_servers: tuple[IPv4Address, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A machine on disk: its upper and, where the runtime can, its memory. Lives in one directory."""
+
+    runtime: str
+    directory: Path
+    upper: Path
+    memory: bool
+    """True when processes go on after a restore."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """The runtime's own facts (id range of a container's files, snapshot chain of a microVM)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """One reading. Bytes and CPU seconds since the machine started."""
+
+    cpu_seconds: float
+    memory_used: int
+    memory_total: int
+    memory_cache: int
+    disk_used: int
+    disk_total: int
+    oom_kills: int
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    memory_snapshots: bool
+    """Memory survives the end of the machine's processes (pause frees memory, snapshot and fork keep processes)."""
+    live_limits: bool
+    """cpu and memory limits can be changed on a running machine."""
+    isolation: str
+    """One line for people, e.g. `hardware-virtualised guest kernel`."""
+
+
+@runtime_checkable
+class Machine(Protocol):
+    """One isolated Linux. Methods raise `RuntimeFailure` (runtime/errors.py) with a sentence for people."""
+
+    spec: MachineSpec
+    address: IPv4Address
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able facts with which `Runtime.adopt` finds this machine again."""
+        ...
+
+    async def alive(self) -> bool: ...
+
+    async def wait(self) -> str:
+        """Return when the machine ended by itself, with the reason. Must work for adopted machines too."""
+        ...
+
+    async def set_limits(self, limits: Limits) -> None: ...
+
+    async def pause(self) -> None:
+        """Stop the clock, keep everything in memory."""
+        ...
+
+    async def resume(self) -> None: ...
+
+    async def save(self, into: Path, *, memory: bool) -> Saved:
+        """Write the machine's state into an existing empty directory. The machine stays as it is, paused or running."""
+        ...
+
+    async def stats(self) -> Stats: ...
+
+    async def destroy(self) -> None:
+        """End every process and release mounts, cgroup, jail. Idempotent. Slot and directory stay the node's."""
+        ...
+
+
+@runtime_checkable
+class Runtime(Protocol):
+    name: str
+    capabilities: Capabilities
+
+    async def start(self, spec: MachineSpec) -> Machine:
+        """Cold start; returns when the machine's first process runs. The node waits for the agent."""
+        ...
+
+    async def restore(self, spec: MachineSpec, saved: Saved) -> Machine:
+        """Start from what `save` wrote. `spec.upper` is already a clone of `saved.upper`."""
+        ...
+
+    async def adopt(self, spec: MachineSpec, record: dict[str, Any]) -> Machine | None:
+        """Find a machine again after a restart of the node; None when it is gone (what it left is removed)."""
+        ...
+
+    async def sweep(self, keep: frozenset[str]) -> list[str]:
+        """Remove what machines other than `keep` (machine IDs) left behind after a crash; returns what was removed."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""Containers: runc with an OCI bundle made here."""
