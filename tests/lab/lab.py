@@ -1,0 +1,100 @@
+"""The lab's command line: `python tests/lab/lab.py up | down | shell COMMAND | status | image`.
+
+A KVM host under QEMU's TCG, so that real Firecracker guests run on a machine without hardware virtualization.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent.parent / "src")]
+
+from host import Lab, LabError  # noqa: E402
+from recipe import RecipeError, build  # noqa: E402
+
+from emberbox.runtime.firecracker.errors import GuestFilesError  # noqa: E402
+
+API_PORT = 3000
+EDGE_PORT = 3002
+
+
+def main() -> int:
+    args = _parser().parse_args()
+    try:
+        return int(args.run(args))
+    except (LabError, RecipeError, GuestFilesError) as error:
+        print(f"lab: {error}", file=sys.stderr)
+        return 1
+    except subprocess.TimeoutExpired as error:
+        print(f"lab: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lab.py", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    up = commands.add_parser("up", help="boot the lab; makes its image first when the cache has none")
+    up.add_argument("--suite", default="bookworm", help="Debian release of the lab host (default: %(default)s)")
+    up.add_argument("--bare", action="store_true", help="do not install the working tree")
+    up.add_argument("--memory", type=int, default=4096, metavar="MIB")
+    up.add_argument("--cpus", type=int, default=2)
+    up.add_argument("--deadline", type=float, default=180, metavar="SECONDS")
+    up.set_defaults(run=_up)
+
+    image = commands.add_parser("image", help="only make the image")
+    image.add_argument("--suite", default="bookworm")
+    image.add_argument("--bare", action="store_true")
+    image.set_defaults(run=_image)
+
+    down = commands.add_parser("down", help="end the lab and remove what it made")
+    down.set_defaults(run=_down)
+
+    shell = commands.add_parser("shell", help="run a command in the lab as root")
+    shell.add_argument("command", nargs="+")
+    shell.set_defaults(run=_shell)
+
+    status = commands.add_parser("status", help="say whether a lab runs, and its forwarded ports")
+    status.set_defaults(run=_status)
+    return parser
+
+
+def _up(args: argparse.Namespace) -> int:
+    image = build(args.suite, install=not args.bare)
+    Lab().up(
+        image, memory_mb=args.memory, cpus=args.cpus, forward=[API_PORT, EDGE_PORT], deadline=args.deadline
+    )
+    return 0
+
+
+def _image(args: argparse.Namespace) -> int:
+    print(build(args.suite, install=not args.bare).disk)
+    return 0
+
+
+def _down(_: argparse.Namespace) -> int:
+    print("lab: ended" if Lab().down() else "lab: none was running")
+    return 0
+
+
+def _shell(args: argparse.Namespace) -> int:
+    return Lab().shell(" ".join(args.command)).returncode
+
+
+def _status(_: argparse.Namespace) -> int:
+    boot = Lab().running()
+    if boot is None:
+        print("lab: not running")
+        return 1
+    print(f"lab: running, pid {boot.pid}, {boot.cpus} CPUs, {boot.memory_mb} MiB")
+    for inner, outer in boot.ports.items():
+        print(f"  127.0.0.1:{outer} -> {inner}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
