@@ -66,7 +66,10 @@ class Settings(BaseSettings):
     slots_ready: int = Field(4, ge=0, le=256)
     """Slots kept prepared."""
     inherit_host_network: bool = False
-    """Sandboxes and builds get the host's CA bundle, resolver and package settings (for hosts behind a TLS-inspecting proxy)."""
+    """Give sandboxes and builds the host's CA bundle, resolver and package settings.
+
+    For hosts behind a TLS-inspecting proxy.
+    """
     dns_upstreams: tuple[str, ...] = ()
     """Resolvers that the node's forwarder asks. Empty: those of the host's resolv.conf."""
     deny_networks: tuple[str, ...] = ()
