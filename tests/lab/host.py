@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shlex
 import shutil
 import signal
@@ -19,6 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from recipe import LabImage, say
+
+
+_KERNEL_WORDS = "console=ttyS0 reboot=t panic=-1 mitigations=off quiet"
 
 
 class LabError(Exception):
@@ -89,13 +93,7 @@ class Lab:
         boot = self.running()
         if boot is not None:
             self._stop_master()
-            os.kill(boot.pid, signal.SIGTERM)
-            for _ in range(100):
-                if self.running() is None:
-                    break
-                time.sleep(0.1)
-            else:
-                os.kill(boot.pid, signal.SIGKILL)
+            _end(boot.pid)
         self._forget()
         return boot is not None
 
@@ -110,7 +108,9 @@ class Lab:
 
     # ---- use ----
 
-    def shell(self, command: str, *, stdin: bytes | None = None, capture: bool = False, timeout: float | None = None):
+    def shell(
+        self, command: str, *, stdin: bytes | None = None, capture: bool = False, timeout: float | None = None
+    ) -> subprocess.CompletedProcess[bytes]:
         """Run a shell command as root in the lab; returns the finished process, with its output when `capture`."""
         boot = self.running()
         if boot is None:
@@ -152,7 +152,10 @@ class Lab:
             *("-display", "none", "-no-reboot", "-nodefaults", "-no-user-config"),
             *("-serial", f"file:{self.state / 'console.log'}"),
             *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
-            *("-append", f"console=ttyS0 reboot=t panic=-1 mitigations=off quiet lab.key={key} lab.time={int(time.time())}"),
+            *(
+                "-append",
+                f"console=ttyS0 reboot=t panic=-1 mitigations=off quiet lab.key={key} lab.time={int(time.time())}",
+            ),
             # snapshot=on: writes go to an unlinked temporary file in TMPDIR, never to the cached image.
             *("-drive", f"file={image.disk},if=none,id=disk,format=raw,cache=unsafe,snapshot=on"),
             *("-device", "virtio-blk-pci,drive=disk"),
@@ -212,6 +215,21 @@ class Lab:
 def default_state() -> Path:
     chosen = os.environ.get("EMBERBOX_LAB_STATE")
     return Path(chosen) if chosen else Path(tempfile.gettempdir()) / f"emberbox-lab-{os.getuid()}"
+
+
+def _end(pid: int) -> None:
+    descriptor = os.pidfd_open(pid)
+    try:
+        poller = select.poll()
+        poller.register(descriptor, select.POLLIN)
+        os.kill(pid, signal.SIGTERM)
+        if not poller.poll(10_000):
+            os.kill(pid, signal.SIGKILL)
+            poller.poll(10_000)
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(descriptor)
 
 
 def _free_port() -> int:

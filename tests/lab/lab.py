@@ -65,9 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _up(args: argparse.Namespace) -> int:
     image = build(args.suite, install=not args.bare)
-    Lab().up(
-        image, memory_mb=args.memory, cpus=args.cpus, forward=[API_PORT, EDGE_PORT], deadline=args.deadline
-    )
+    Lab().up(image, memory_mb=args.memory, cpus=args.cpus, forward=[API_PORT, EDGE_PORT], deadline=args.deadline)
     return 0
 
 

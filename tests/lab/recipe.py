@@ -255,12 +255,10 @@ def _install_file(root: Path, name: str, text: str, mode: int) -> None:
 def _require(*tools: str) -> None:
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
-        raise RecipeError(f"the lab needs {', '.join(missing)}; install them (Debian: apt-get install ...) and try again")
+        raise RecipeError(f"the lab needs {', '.join(missing)}; install them with apt-get and try again")
 
 
-def _run(
-    *command: str, log: Path | None = None, env: dict[str, str] | None = None, cwd: Path | None = None
-) -> None:
+def _run(*command: str, log: Path | None = None, env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
     done = subprocess.run(
         ["nice", "-n", "15", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, cwd=cwd, check=False
     )

@@ -1,0 +1,194 @@
+"""Firecracker's API, typed: what Emberbox uses of it (version 1.12 and later).
+
+Source of names and rules: Firecracker's `firecracker.yaml` specification. Paths are those that Firecracker itself
+sees, inside its jail. Every method raises `ApiError` when Firecracker refuses and `ApiUnreachable` when it does not
+answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from emberbox.runtime.firecracker.transport import Transport
+
+SnapshotKind = Literal["Full", "Diff"]
+VmState = Literal["Not started", "Running", "Paused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Seconds that requests may take."""
+
+    request: float = 10.0
+    snapshot: float = 120.0
+    """Writing memory takes as long as the disk needs."""
+    ready: float = 10.0
+    """From the process's start to its API socket."""
+
+    def scaled(self, factor: float) -> Deadlines:
+        return Deadlines(self.request * factor, self.snapshot * factor, self.ready * factor)
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimit:
+    """A token bucket: `size` bytes or operations are refilled evenly every `refill_ms`; `burst` once on top."""
+
+    size: int
+    refill_ms: int
+    burst: int = 0
+
+    def body(self) -> dict[str, int]:
+        body = {"size": self.size, "refill_time": self.refill_ms}
+        return {**body, "one_time_burst": self.burst} if self.burst else body
+
+
+@dataclass(frozen=True, slots=True)
+class Drive:
+    drive_id: str
+    path: str
+    read_only: bool
+    bandwidth: RateLimit | None = None
+    operations: RateLimit | None = None
+
+    def body(self) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "drive_id": self.drive_id,
+            "path_on_host": self.path,
+            "is_root_device": False,
+            "is_read_only": self.read_only,
+        }
+        limiter = _limiter(self.bandwidth, self.operations)
+        return {**body, "rate_limiter": limiter} if limiter else body
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkInterface:
+    interface_id: str
+    tap: str
+    guest_mac: str
+    receive: RateLimit | None = None
+    transmit: RateLimit | None = None
+
+    def body(self) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "iface_id": self.interface_id,
+            "host_dev_name": self.tap,
+            "guest_mac": self.guest_mac,
+        }
+        if self.receive:
+            body["rx_rate_limiter"] = _limiter(self.receive, None)
+        if self.transmit:
+            body["tx_rate_limiter"] = _limiter(self.transmit, None)
+        return body
+
+
+class Firecracker:
+    """One Firecracker process, reached by its API socket `name` in the folder `folder`."""
+
+    def __init__(self, folder: Path, name: str, deadlines: Deadlines) -> None:
+        self._transport = Transport(folder, name)
+        self._deadlines = deadlines
+
+    async def wait_until_ready(self) -> None:
+        await self._transport.wait_until_ready(self._deadlines.ready)
+
+    async def state(self) -> VmState:
+        answer = await self._request("GET", "/")
+        state: VmState = answer["state"]
+        return state
+
+    async def version(self) -> str:
+        return str((await self._request("GET", "/version"))["firecracker_version"])
+
+    # ---- before the start ----
+
+    async def set_machine(self, *, cpu_count: int, memory_mb: int) -> None:
+        """Set the size. Dirty pages are tracked, so that a pause can save only those."""
+        await self._request(
+            "PUT",
+            "/machine-config",
+            {"vcpu_count": cpu_count, "mem_size_mib": memory_mb, "smt": False, "track_dirty_pages": True},
+        )
+
+    async def set_boot(self, *, kernel: str, initramfs: str, command_line: str) -> None:
+        await self._request(
+            "PUT",
+            "/boot-source",
+            {"kernel_image_path": kernel, "initrd_path": initramfs, "boot_args": command_line},
+        )
+
+    async def add_drive(self, drive: Drive) -> None:
+        await self._request("PUT", f"/drives/{drive.drive_id}", drive.body())
+
+    async def add_network(self, interface: NetworkInterface) -> None:
+        await self._request("PUT", f"/network-interfaces/{interface.interface_id}", interface.body())
+
+    async def add_entropy(self) -> None:
+        """Give the guest a virtio random number generator fed by the host."""
+        await self._request("PUT", "/entropy", {})
+
+    async def add_balloon(self, *, amount_mb: int, deflate_on_oom: bool) -> None:
+        await self._request(
+            "PUT",
+            "/balloon",
+            {"amount_mib": amount_mb, "deflate_on_oom": deflate_on_oom, "stats_polling_interval_s": 0},
+        )
+
+    async def start(self) -> None:
+        await self._request("PUT", "/actions", {"action_type": "InstanceStart"})
+
+    # ---- while it runs ----
+
+    async def pause(self) -> None:
+        """Stop the guest's processors. Pausing a paused machine is not an error."""
+        await self._request("PATCH", "/vm", {"state": "Paused"})
+
+    async def resume(self) -> None:
+        await self._request("PATCH", "/vm", {"state": "Resumed"})
+
+    async def set_balloon(self, *, amount_mb: int) -> None:
+        await self._request("PATCH", "/balloon", {"amount_mib": amount_mb})
+
+    # ---- snapshots ----
+
+    async def create_snapshot(self, kind: SnapshotKind, *, state: str, memory: str) -> None:
+        """Write the paused machine's devices into `state` and its memory into `memory`.
+
+        `Diff` writes only the pages dirtied since the machine started, was loaded, or was last saved, as a sparse file.
+        """
+        await self._request(
+            "PUT",
+            "/snapshot/create",
+            {"snapshot_type": kind, "snapshot_path": state, "mem_file_path": memory},
+            deadline_seconds=self._deadlines.snapshot,
+        )
+
+    async def load_snapshot(self, *, state: str, memory: str, resume: bool) -> None:
+        """Load a machine into this fresh process. Memory is mapped copy-on-write; the file must stay while it lives."""
+        await self._request(
+            "PUT",
+            "/snapshot/load",
+            {
+                "snapshot_path": state,
+                "mem_backend": {"backend_type": "File", "backend_path": memory},
+                "enable_diff_snapshots": True,
+                "resume_vm": resume,
+            },
+            deadline_seconds=self._deadlines.snapshot,
+        )
+
+    async def _request(self, method: str, path: str, body: Any = None, deadline_seconds: float | None = None) -> Any:
+        return await self._transport.request(
+            method, path, body, deadline_seconds=deadline_seconds or self._deadlines.request
+        )
+
+
+def _limiter(bandwidth: RateLimit | None, operations: RateLimit | None) -> dict[str, Any]:
+    limiter: dict[str, Any] = {}
+    if bandwidth:
+        limiter["bandwidth"] = bandwidth.body()
+    if operations:
+        limiter["ops"] = operations.body()
+    return limiter

@@ -1,0 +1,77 @@
+"""The memory files behind one running machine, so that its next save can be a small one.
+
+A machine that was restored, or saved once, needs to write only the pages dirtied since. What came before lies in a
+folder of the machine as hard links to immutable pieces. `chain.json` there says in which order; the mark `unsure`
+says that a save was begun and not finished, so that Firecracker's record of dirty pages cannot be relied on and the
+next save must be a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from emberbox.runtime.firecracker.snapshots import Piece
+
+_LIST = "chain.json"
+_UNSURE = "unsure"
+
+
+class Chain:
+    """Blocking and cheap: links and one small file."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def begin(self, pieces: tuple[Piece, ...] = (), source: Path | None = None) -> None:
+        """Start anew with `pieces` linked from the folder `source`; with none, the next save is a whole one."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(mode=0o700)
+        if source is not None:
+            for piece in pieces:
+                os.link(source / piece.name, self._folder / piece.name)
+        self._write(pieces)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What the next changes lie over; empty when the next save must be a whole one."""
+        if (self._folder / _UNSURE).exists():
+            return ()
+        try:
+            listed = json.loads((self._folder / _LIST).read_text())
+            return tuple(Piece(**piece) for piece in listed)
+        except (OSError, ValueError, TypeError):
+            return ()
+
+    def path(self, piece: Piece) -> Path:
+        return self._folder / piece.name
+
+    def mark_unsure(self) -> None:
+        """Call before a save touches Firecracker's record of dirty pages; `replace` takes the mark away."""
+        (self._folder / _UNSURE).touch()
+
+    def replace(self, pieces: tuple[Piece, ...], source: Path) -> None:
+        """Make `pieces` the chain, linking those that are new from `source`; drops what is no longer named."""
+        for piece in pieces:
+            if not self.path(piece).exists():
+                os.link(source / piece.name, self.path(piece))
+        self._write(pieces)
+        (self._folder / _UNSURE).unlink(missing_ok=True)
+        kept = {_LIST, *(piece.name for piece in pieces)}
+        for path in self._folder.iterdir():
+            if path.name not in kept:
+                path.unlink()
+
+    def _write(self, pieces: tuple[Piece, ...]) -> None:
+        work = self._folder / f"{_LIST}.new"
+        work.write_text(json.dumps([asdict(piece) for piece in pieces]))
+        work.rename(self._folder / _LIST)
+
+
+def next_name(pieces: tuple[Piece, ...]) -> str:
+    """Return the file name of the piece that comes after `pieces`."""
+    numbers = [int(piece.name.partition(".")[2]) for piece in pieces]
+    return f"memory.{max(numbers, default=-1) + 1}"

@@ -1,0 +1,147 @@
+"""What a guest boots from: the kernel, the initramfs, and the kernel's command line.
+
+`emberbox setup` makes the two files once for a node; a machine links them into its jail. The command line is the
+contract with emberd in the guest: every `emberd.` word below is read by it as `/init`.
+
+    emberd.mode=vm            boot as the machine's first program
+    emberd.layers=N           /dev/vda, /dev/vdb, ... are N layers, lowest first; the disk after them is the upper
+    emberd.hostname=NAME
+    emberd.address=A/P        the network interface eth0
+    emberd.gateway=A
+    emberd.dns=A[,A]
+    emberd.control_hash=HEX   SHA-256 of the secret that opens the agent's control routes
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Interface
+from pathlib import Path
+
+from emberbox.runtime.base import MachineSpec
+from emberbox.runtime.firecracker import initramfs, kernel
+from emberbox.runtime.firecracker.errors import GuestFilesError
+
+# The same in every slot, so that a memory snapshot can be restored in any of them; translated at the slot's border.
+GUEST_ADDRESS = IPv4Interface("169.254.0.21/30")
+GUEST_GATEWAY = IPv4Address("169.254.0.22")
+GUEST_MAC = "06:00:a9:fe:00:15"
+
+_KERNEL_WORDS = (
+    "console=ttyS0",
+    "quiet",
+    "reboot=k",  # a reboot ends the machine
+    "panic=1",
+    "pci=off",  # devices are on MMIO, found through ACPI
+    "i8042.noaux i8042.nomux i8042.dumbkbd",  # only the controller's reset line exists
+    "random.trust_cpu=on",
+    "clocksource=kvm-clock",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GuestFiles:
+    """The two files every guest of this node boots from."""
+
+    kernel: Path
+    initramfs: Path
+
+
+def command_line(spec: MachineSpec) -> str:
+    """Return the kernel's command line for a machine."""
+    dns = ",".join(str(server) for server in spec.dns_servers) or str(GUEST_GATEWAY)
+    words = (
+        "emberd.mode=vm",
+        f"emberd.layers={len(spec.layers)}",
+        f"emberd.hostname={spec.hostname}",
+        f"emberd.address={GUEST_ADDRESS}",
+        f"emberd.gateway={GUEST_GATEWAY}",
+        f"emberd.dns={dns}",
+        f"emberd.control_hash={spec.control_hash}",
+    )
+    return " ".join((*_KERNEL_WORDS, *words))
+
+
+def make_guest_files(folder: Path, agent: Path, own_kernel: Path | None = None) -> GuestFiles:
+    """Return the guest files under `folder`, making them when they are not there or `agent` is another one.
+
+    Blocks for some seconds the first time: it fetches the kernel package through apt.
+
+    Args:
+        agent: emberd, a static program.
+        own_kernel: an ELF `vmlinux` of the user's instead of the packaged one. The packaged kernel's modules do not
+            fit it, so it needs virtio (mmio, blk, net), erofs and overlayfs built in.
+
+    Raises:
+        GuestFilesError: the package could not be had, or a file is not what it should be.
+    """
+    if not agent.is_file():
+        raise GuestFilesError(f"the agent {agent} does not exist; build it with 'make agent'")
+    folder.mkdir(parents=True, exist_ok=True)
+    if own_kernel is not None:
+        return _from_own_kernel(folder, agent, own_kernel)
+    tree = _kernel_tree(folder)
+    name = f"{tree.release}-{_digest(agent.read_bytes(), json.dumps(initramfs.GUEST_MODULES).encode())}"
+    files = GuestFiles(folder / f"vmlinux-{tree.release}", folder / f"initramfs-{name}.cpio")
+    if not files.kernel.exists():
+        _write(files.kernel, kernel.extract_vmlinux(tree.vmlinuz.read_bytes()))
+    if not files.initramfs.exists():
+        _write(files.initramfs, initramfs.guest_initramfs(tree, agent.read_bytes()))
+    return files
+
+
+def _from_own_kernel(folder: Path, agent: Path, own_kernel: Path) -> GuestFiles:
+    image = own_kernel.read_bytes()
+    if image[:4] != b"\x7fELF":
+        raise GuestFilesError(f"{own_kernel} is not an ELF kernel; Firecracker needs the unpacked vmlinux")
+    entries = [*initramfs.base_entries(), initramfs.file("modules/load", b"")]
+    archive = initramfs.cpio([*entries, initramfs.file("init", agent.read_bytes(), mode=0o755)])
+    files = GuestFiles(folder / f"vmlinux-own-{_digest(image)}", folder / f"initramfs-own-{_digest(archive)}.cpio")
+    for path, data in ((files.kernel, image), (files.initramfs, archive)):
+        if not path.exists():
+            _write(path, data)
+    return files
+
+
+def _kernel_tree(folder: Path) -> kernel.KernelTree:
+    """Return the newest unpacked kernel package, fetching one when there is none."""
+    place = folder / "package"
+    if not place.exists():
+        work = Path(tempfile.mkdtemp(dir=folder, prefix="work-"))
+        try:
+            unpacked = work / "tree"
+            unpacked.mkdir()
+            kernel.unpack_package(kernel.fetch_package(work), unpacked)
+            unpacked.rename(place)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return kernel.open_tree(place)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a whole file or none, readable for every machine's user."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix="work-")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(name, 0o444)
+        os.rename(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:16]

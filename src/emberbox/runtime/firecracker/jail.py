@@ -1,0 +1,236 @@
+"""A machine's jail: its folder, user, control group and namespace, made by Firecracker's own jailer.
+
+The jailer creates the device nodes, joins the network namespace and the control group, changes the root, drops to
+the machine's user and starts Firecracker there with its system call filters on. Before that, what Firecracker must
+read is linked into the new root; after the machine's end, everything is removed here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from emberbox.runtime.base import MIB, Limits
+from emberbox.runtime.firecracker import process
+from emberbox.runtime.firecracker.errors import JailerError
+
+SOCKET = "api.sock"
+OUT = "out"
+"""Folder in the jail that the machine's user may write: snapshots are put there."""
+
+# Firecracker's own memory beside the guest's: code, device buffers, page tables, and the page cache of its files.
+_OVERHEAD_MB = 128
+_CPU_PERIOD_US = 100_000
+_MOUNTED = Path("/proc/self/mountinfo")
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class JailerSettings:
+    firecracker: Path
+    jailer: Path
+    cgroup_parent: str
+    """Name of the control group under which every machine of this instance gets its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Jail:
+    """Where one machine is locked in. Made from names alone, so that it can be found again and removed."""
+
+    machine_id: str
+    base: Path
+    """A folder of this machine only."""
+    user: int
+    """User and group id, this machine's own."""
+    cgroup_parent: str
+
+    @property
+    def root(self) -> Path:
+        return self.base / "firecracker" / self.machine_id / "root"
+
+    @property
+    def out(self) -> Path:
+        return self.root / OUT
+
+    @property
+    def console(self) -> Path:
+        """What the guest's kernel and Firecracker print."""
+        return self.base / "console.log"
+
+    def create(self) -> None:
+        """Make the root and the folder for snapshots."""
+        self.root.mkdir(parents=True, mode=0o700)
+        self.out.mkdir(mode=0o700)
+        os.chown(self.out, self.user, self.user)
+
+    def provide(self, source: Path, name: str, *, writable: bool = False) -> str:
+        """Make `source` visible in the jail as `/name` and return that path.
+
+        A hard link where both lie on one file system, else a bind mount. A writable file is given to the machine's
+        user; a read-only one must be readable for everybody (the folders above it are closed instead).
+        """
+        target = self.root / name
+        if writable:
+            os.chown(source, self.user, self.user)
+            os.chmod(source, 0o600)
+        elif source.stat().st_mode & 0o004 == 0:
+            os.chmod(source, source.stat().st_mode & 0o777 | 0o444)
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EMLINK, errno.EPERM):
+                raise
+            target.touch()
+            _mount("--bind", str(source), str(target))
+            if not writable:
+                _mount("-o", "remount,bind,ro", str(target))
+        return f"/{name}"
+
+    def spawn(self, settings: JailerSettings, netns: str, limits: Limits) -> process.ProcessId:
+        """Start Firecracker in the jail; returns at once, before its socket answers.
+
+        Raises:
+            JailerError: the jailer could not be started.
+        """
+        hierarchy = cgroup_version()
+        command = [
+            str(settings.jailer),
+            *("--id", self.machine_id, "--exec-file", str(settings.firecracker)),
+            *("--uid", str(self.user), "--gid", str(self.user)),
+            *("--chroot-base-dir", str(self.base)),
+            *("--netns", f"/var/run/netns/{netns}"),
+            *("--cgroup-version", str(hierarchy), "--parent-cgroup", self.cgroup_parent),
+        ]
+        for setting in cgroup_settings(hierarchy, limits):
+            command += ["--cgroup", setting]
+        command += ["--", "--api-sock", f"/{SOCKET}"]
+        try:
+            # Appending: the console file can be cut while Firecracker writes to it.
+            console = os.open(self.console, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            try:
+                child = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=console,
+                    stderr=console,
+                    start_new_session=True,
+                    cwd="/",
+                    env={},
+                )
+            finally:
+                os.close(console)
+        except OSError as error:
+            raise JailerError(f"the jailer {settings.jailer} cannot be started: {error.strerror}") from error
+        # The jailer becomes Firecracker by exec: same pid, same start time.
+        identity = process.identify(child.pid)
+        child.returncode = 0  # Popen must not wait for it or warn about it: `process` owns it from here.
+        if identity is None:
+            process.reap(child.pid)
+            raise JailerError(f"the jailer ended at once: {self.last_words()}")
+        return identity
+
+    def last_words(self, size: int = 2000) -> str:
+        """Return the end of what Firecracker and the guest's kernel printed."""
+        try:
+            with self.console.open("rb") as handle:
+                handle.seek(max(0, self.console.stat().st_size - size))
+                return handle.read().decode("utf-8", "replace").strip() or "it printed nothing"
+        except OSError:
+            return "it left no console output"
+
+    def remove(self) -> None:
+        """Remove the jail's mounts, control groups and files. The machine must have ended. Safe to repeat."""
+        if not unmount_below(self.base):
+            raise JailerError(f"something is still mounted below {self.base}; the jail is left as it is")
+        for folder in self.cgroups():
+            _remove_cgroup(folder)
+        shutil.rmtree(self.base, ignore_errors=True)
+
+    def cgroups(self) -> list[Path]:
+        """Return this machine's control groups, one a hierarchy, that exist."""
+        candidates = [folder / self.machine_id for folder in _parents(self.cgroup_parent)]
+        return [folder for folder in candidates if folder.is_dir()]
+
+
+@lru_cache(maxsize=1)
+def cgroup_version() -> int:
+    """Return 2 on a host with the unified hierarchy alone, else 1 (the jailer refuses version 2 on a mixed host)."""
+    return 2 if (_CGROUPS / "cgroup.controllers").exists() else 1
+
+
+def cgroup_settings(version: int, limits: Limits) -> Iterable[str]:
+    memory = (limits.memory_mb + _OVERHEAD_MB) * MIB
+    quota = limits.cpu_count * _CPU_PERIOD_US
+    if version == 2:
+        return (f"memory.max={memory}", f"cpu.max={quota} {_CPU_PERIOD_US}")
+    return (
+        f"memory.limit_in_bytes={memory}",
+        f"cpu.cfs_period_us={_CPU_PERIOD_US}",
+        f"cpu.cfs_quota_us={quota}",
+    )
+
+
+def unmount_below(folder: Path) -> bool:
+    """Unmount everything mounted in `folder`, deepest first; False when something stays."""
+    prefix = f"{folder}/"
+    points = [line.split()[4] for line in _MOUNTED.read_text().splitlines()]
+    for point in sorted((point for point in points if point.startswith(prefix)), key=len, reverse=True):
+        subprocess.run(["umount", "-l", point], capture_output=True, timeout=30, check=False)
+    return not any(line.split()[4].startswith(prefix) for line in _MOUNTED.read_text().splitlines())
+
+
+def _mount(*arguments: str) -> None:
+    done = subprocess.run(["mount", *arguments], capture_output=True, timeout=30, check=False)
+    if done.returncode != 0:
+        raise JailerError(f"mount {' '.join(arguments)}: {done.stderr.decode('utf-8', 'replace').strip()}")
+
+
+def _remove_cgroup(folder: Path) -> None:
+    # The kernel lets go of a dead process's group a moment after the process.
+    for _ in range(50):
+        try:
+            folder.rmdir()
+            return
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                return
+            time.sleep(0.01)
+
+
+def machines_with_cgroups(parent: str) -> frozenset[str]:
+    """Return the machine ids that have a control group under the instance's `parent`."""
+    return frozenset(folder.name for group in _parents(parent) for folder in group.iterdir() if folder.is_dir())
+
+
+def end_cgroup(parent: str, machine_id: str) -> None:
+    """Kill every process in a machine's control groups, and remove the groups."""
+    for group in _parents(parent):
+        folder = group / machine_id
+        with contextlib.suppress(FileNotFoundError):
+            for line in (folder / "cgroup.procs").read_text().split():
+                identity = process.identify(int(line))
+                if identity is not None:
+                    process.end_and_wait(identity, 10.0)
+            _remove_cgroup(folder)
+
+
+def remove_cgroup_parent(parent: str) -> None:
+    """Remove the instance's own control group where no machine is left in it."""
+    for folder in _parents(parent):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _parents(name: str) -> list[Path]:
+    candidates = [_CGROUPS / name] if cgroup_version() == 2 else [folder / name for folder in _CGROUPS.iterdir()]
+    return [folder for folder in candidates if folder.is_dir()]

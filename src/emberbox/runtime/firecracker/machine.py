@@ -1,0 +1,252 @@
+"""One microVM: what `runtime.base.Machine` asks, done with its Firecracker."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from emberbox.runtime import sparse
+from emberbox.runtime.base import MIB, Limits, MachineSpec, Saved, Stats
+from emberbox.runtime.errors import MachineGone, NotSupported, RuntimeFailure
+from emberbox.runtime.firecracker import process, snapshots
+from emberbox.runtime.firecracker.api import Firecracker
+from emberbox.runtime.firecracker.chain import Chain, next_name
+from emberbox.runtime.firecracker.errors import ApiError, ApiUnreachable
+from emberbox.runtime.firecracker.jail import OUT, Jail, cgroup_version
+
+log = structlog.get_logger(__name__)
+
+NAME = "firecracker"
+_END_SECONDS = 10.0
+_CONSOLE_LIMIT = MIB
+
+
+class MicroVM:
+    """A running or paused microVM. Made by `FirecrackerRuntime`; one task at a time changes its state."""
+
+    def __init__(
+        self,
+        spec: MachineSpec,
+        jail: Jail,
+        identity: process.ProcessId,
+        api: Firecracker,
+        chain: Chain,
+        *,
+        firecracker_version: str,
+        paused: bool,
+        after_save: Callable[[Saved], None],
+    ) -> None:
+        self.spec = spec
+        self.address: IPv4Address = spec.slot.address
+        self._jail = jail
+        self._identity = identity
+        self._api = api
+        self._chain = chain
+        self._version = firecracker_version
+        self._paused = paused
+        self._after_save = after_save
+        self._changing = asyncio.Lock()
+
+    def record(self) -> dict[str, Any]:
+        return {"pid": self._identity.pid, "started": self._identity.started, "user": self._jail.user}
+
+    async def alive(self) -> bool:
+        return process.alive(self._identity)
+
+    async def wait(self) -> str:
+        await process.wait_for_end(self._identity)
+        return f"the microVM ended; the last of its console: {self._jail.last_words(300)}"
+
+    async def set_limits(self, limits: Limits) -> None:
+        if limits != self.spec.limits:
+            raise NotSupported("a microVM's limits are its template's and cannot be changed while it runs")
+
+    async def pause(self) -> None:
+        async with self._changing:
+            await self._pause()
+
+    async def resume(self) -> None:
+        async with self._changing:
+            await self._resume()
+
+    async def save(self, into: Path, *, memory: bool) -> Saved:
+        """Write disk and, when `memory`, processes. A running machine stands still only while its state is taken."""
+        async with self._changing:
+            if not process.alive(self._identity):
+                raise MachineGone(f"the microVM {self.spec.machine_id} has ended and cannot be saved")
+            if memory:
+                return await self._save_with_memory(into)
+            return await self._save_disk(into)
+
+    async def stats(self) -> Stats:
+        return await asyncio.to_thread(self._read_stats)
+
+    async def destroy(self) -> None:
+        async with self._changing:
+            await asyncio.to_thread(self._end)
+
+    # ---- state ----
+
+    async def _pause(self) -> None:
+        await self._ask(self._api.pause())
+        self._paused = True
+
+    async def _resume(self) -> None:
+        await self._ask(self._api.resume())
+        self._paused = False
+
+    async def _ask(self, request: Any) -> None:
+        """Await an API request; a machine that has ended is told apart from one that does not answer."""
+        try:
+            await request
+        except ApiUnreachable as error:
+            if not process.alive(self._identity):
+                words = self._jail.last_words(300)
+                raise MachineGone(f"the microVM {self.spec.machine_id} has ended: {words}") from error
+            raise
+
+    # ---- saving ----
+
+    async def _save_disk(self, into: Path) -> Saved:
+        was_running = not self._paused
+        if was_running:
+            await self._pause()
+        try:
+            await asyncio.to_thread(sparse.clone, self.spec.upper, into / snapshots.UPPER)
+        finally:
+            if was_running:
+                await self._resume()
+        return Saved(runtime=NAME, directory=into, upper=into / snapshots.UPPER, memory=False)
+
+    async def _save_with_memory(self, into: Path) -> Saved:
+        began = time.perf_counter()
+        below = self._chain.pieces
+        name = next_name(below)
+        was_running = not self._paused
+        if was_running:
+            await self._pause()
+        try:
+            self._chain.mark_unsure()
+            await self._ask(
+                self._api.create_snapshot(
+                    "Diff" if below else "Full", state=f"/{OUT}/{snapshots.STATE}", memory=f"/{OUT}/{name}"
+                )
+            )
+            await asyncio.to_thread(sparse.clone, self.spec.upper, into / snapshots.UPPER)
+        except OSError as error:
+            self._discard(name)
+            raise RuntimeFailure(f"the machine's disk could not be copied: {error.strerror}") from error
+        except ApiError as error:
+            self._discard(name)
+            raise RuntimeFailure(f"the machine's memory could not be saved: {error.fault}") from error
+        except BaseException:
+            self._discard(name)
+            raise
+        finally:
+            if was_running and process.alive(self._identity):
+                await self._resume()
+        still = time.perf_counter() - began
+        await asyncio.to_thread(self._finish, into, below, name)
+        log.info(
+            "microvm.saved",
+            machine_id=self.spec.machine_id,
+            whole=not below,
+            still_ms=round(still * 1000, 1),
+            ms=round((time.perf_counter() - began) * 1000, 1),
+        )
+        saved = Saved(runtime=NAME, directory=into, upper=into / snapshots.UPPER, memory=True)
+        if below:
+            self._after_save(saved)
+        return saved
+
+    def _discard(self, name: str) -> None:
+        """Remove what a failed save left; the chain stays marked, so the next save is a whole one."""
+        for path in (self._jail.out / snapshots.STATE, self._jail.out / name):
+            path.unlink(missing_ok=True)
+
+    def _finish(self, into: Path, below: tuple[snapshots.Piece, ...], name: str) -> None:
+        """Take the files out of the jail, away from the machine's user, and write the manifest over them."""
+        for made in (snapshots.STATE, name):
+            path = self._jail.out / made
+            os.chown(path, 0, 0)
+            os.chmod(path, 0o444)
+            path.rename(into / made)
+        if not below:
+            sparse.dig_holes(into / name)
+        for piece in below:
+            os.link(self._chain.path(piece), into / piece.name)
+        pieces = (*below, snapshots.Piece(name, sparse.checksum(into / name)))
+        snapshots.Manifest(
+            firecracker=self._version,
+            cpu_count=self.spec.limits.cpu_count,
+            memory_mb=self.spec.limits.memory_mb,
+            layers=len(self.spec.layers),
+            pieces=pieces,
+            state_checksum=sparse.checksum(into / snapshots.STATE),
+        ).write(into)
+        self._chain.replace(pieces, into)
+
+    # ---- end and numbers ----
+
+    def _end(self) -> None:
+        if not process.end_and_wait(self._identity, _END_SECONDS):
+            raise RuntimeFailure(f"the microVM {self.spec.machine_id} (pid {self._identity.pid}) does not end")
+        self._jail.remove()
+
+    def _read_stats(self) -> Stats:
+        _cut(self._jail.console)
+        total = self.spec.limits.memory_mb * MIB
+        return Stats(
+            cpu_seconds=_cpu_seconds(self._identity.pid),
+            memory_used=min(total, _resident(self._identity.pid)),
+            memory_total=total,
+            memory_cache=0,
+            disk_used=sparse.allocated(self.spec.upper),
+            disk_total=self.spec.limits.disk_size_mb * MIB,
+            oom_kills=_oom_kills(self._jail),
+        )
+
+
+def _cut(console: Path) -> None:
+    """Keep the console file small. Firecracker appends to it, so what it prints next lands at the new end."""
+    try:
+        if console.stat().st_size > _CONSOLE_LIMIT:
+            os.truncate(console, 0)
+    except FileNotFoundError:
+        return
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _resident(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def _oom_kills(jail: Jail) -> int:
+    name = "memory.events" if cgroup_version() == 2 else "memory.oom_control"
+    for folder in jail.cgroups():
+        try:
+            lines = (folder / name).read_text().splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            key, _, value = line.partition(" ")
+            if key == "oom_kill":
+                return int(value)
+    return 0

@@ -1,0 +1,327 @@
+"""The Firecracker runtime: starts, restores, finds again and sweeps up microVMs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import structlog
+
+from emberbox.runtime.base import Capabilities, MachineSpec, Saved
+from emberbox.runtime.errors import RuntimeFailure, SavedDamaged
+from emberbox.runtime.firecracker import guest, jail, process, snapshots
+from emberbox.runtime.firecracker.api import Deadlines, Drive, Firecracker, NetworkInterface
+from emberbox.runtime.firecracker.chain import Chain
+from emberbox.runtime.firecracker.errors import ApiError, ApiUnreachable, FirecrackerError, JailerError
+from emberbox.runtime.firecracker.jail import SOCKET, Jail, JailerSettings
+from emberbox.runtime.firecracker.machine import NAME, MicroVM
+
+log = structlog.get_logger(__name__)
+
+_PR_SET_THP_DISABLE = 41
+_END_SECONDS = 10.0
+_KERNEL, _INITRAMFS, _UPPER, _STATE, _MEMORY = "kernel", "initramfs", "upper", "state", "memory"
+
+
+@dataclass(frozen=True, slots=True)
+class FirecrackerSettings:
+    """What a node tells this runtime once."""
+
+    binaries: JailerSettings
+    guest: guest.GuestFiles
+    machines_dir: Path
+    """The folder that holds every machine's directory."""
+    first_user: int
+    """Host user ids from here on belong to machines, one a slot."""
+    time_scale: float = 1.0
+
+
+class FirecrackerRuntime:
+    """Implements `runtime.base.Runtime`. Needs root, /dev/kvm and /dev/net/tun."""
+
+    name = NAME
+    capabilities = Capabilities(
+        memory_snapshots=True, live_limits=False, isolation="hardware-virtualised, a guest kernel for each sandbox"
+    )
+
+    def __init__(self, settings: FirecrackerSettings, version: str) -> None:
+        self._settings = settings
+        self._version = version
+        self._deadlines = Deadlines().scaled(settings.time_scale)
+        self._trusted: set[tuple[int, int, int]] = set()
+        self._folders: WeakValueDictionary[tuple[int, int], asyncio.Lock] = WeakValueDictionary()
+        self._merging: set[asyncio.Task[None]] = set()
+        self._one_merge = asyncio.Semaphore(1)
+        _disable_huge_pages()
+
+    @classmethod
+    async def open(cls, settings: FirecrackerSettings) -> FirecrackerRuntime:
+        """Check that the parts are there and ask Firecracker for its version.
+
+        Raises:
+            FirecrackerError: a part is missing; says which and what to do.
+        """
+        _refuse_missing_parts(settings.binaries)
+        return cls(settings, await _version(settings.binaries.firecracker))
+
+    # ---- the protocol ----
+
+    async def start(self, spec: MachineSpec) -> MicroVM:
+        async with self._jailed(spec) as (cell, identity, api):
+            await api.set_machine(cpu_count=spec.limits.cpu_count, memory_mb=spec.limits.memory_mb)
+            await api.set_boot(kernel=f"/{_KERNEL}", initramfs=f"/{_INITRAMFS}", command_line=guest.command_line(spec))
+            for number in range(len(spec.layers)):
+                await api.add_drive(Drive(f"layer{number}", f"/layer{number}", read_only=True))
+            await api.add_drive(Drive("upper", f"/{_UPPER}", read_only=False))
+            await api.add_network(NetworkInterface("eth0", _tap(spec), guest.GUEST_MAC))
+            await api.add_entropy()
+            chain = self._chain(spec)
+            await asyncio.to_thread(chain.begin)
+            await api.start()
+        return self._machine(spec, cell, identity, api, chain, paused=False)
+
+    async def restore(self, spec: MachineSpec, saved: Saved) -> MicroVM:
+        """Load a saved machine. It runs when this returns, with the clock and identity of the moment it was saved."""
+        if saved.runtime != NAME or not saved.memory:
+            raise SavedDamaged(f"a machine saved by '{saved.runtime}' without memory cannot be restored, only started")
+        async with self._folder_lock(saved.directory):
+            manifest = await asyncio.to_thread(self._prepare, saved.directory)
+        _refuse_other_size(spec, manifest)
+        chain = self._chain(spec)
+        await asyncio.to_thread(chain.begin, manifest.pieces, saved.directory)
+        links = {_STATE: saved.directory / snapshots.STATE, _MEMORY: chain.path(manifest.pieces[0])}
+        async with self._jailed(spec, links) as (cell, identity, api):
+            try:
+                await api.load_snapshot(state=f"/{_STATE}", memory=f"/{_MEMORY}", resume=True)
+            except ApiError as error:
+                raise RuntimeFailure(
+                    f"the machine saved by Firecracker {manifest.firecracker} cannot be restored by "
+                    f"{self._version}: {error.fault}"
+                ) from error
+        return self._machine(spec, cell, identity, api, chain, paused=False)
+
+    async def adopt(self, spec: MachineSpec, record: dict[str, Any]) -> MicroVM | None:
+        cell = self._cell(spec)
+        identity = process.ProcessId(int(record["pid"]), int(record["started"]))
+        if not process.alive(identity):
+            await asyncio.to_thread(cell.remove)
+            return None
+        api = Firecracker(cell.root, SOCKET, self._deadlines)
+        try:
+            state = await api.state()
+        except (ApiError, ApiUnreachable) as error:
+            log.warning("microvm.not_adopted", machine_id=spec.machine_id, reason=str(error))
+            await asyncio.to_thread(_end, identity, cell)
+            return None
+        return self._machine(spec, cell, identity, api, self._chain(spec), paused=state == "Paused")
+
+    async def sweep(self, keep: frozenset[str]) -> list[str]:
+        return await asyncio.to_thread(self._sweep, keep)
+
+    async def close(self) -> None:
+        """End background work. Machines run on."""
+        for task in list(self._merging):
+            task.cancel()
+        await asyncio.gather(*self._merging, return_exceptions=True)
+
+    # ---- saved machines ----
+
+    def merge_later(self, saved: Saved) -> None:
+        """Make the saved machine's memory one whole file in the background, so that its restore need not."""
+        task = asyncio.create_task(self._merge(saved.directory), name=f"merge {saved.directory.name}")
+        self._merging.add(task)
+        task.add_done_callback(self._merging.discard)
+
+    async def _merge(self, folder: Path) -> None:
+        async with self._one_merge, self._folder_lock(folder):
+            try:
+                await asyncio.to_thread(lambda: snapshots.merge(folder, snapshots.read_manifest(folder)))
+            except (OSError, RuntimeFailure) as error:
+                # Not lost: the pieces are still there, and the restore merges them itself.
+                log.warning("microvm.merge_failed", folder=str(folder), reason=str(error))
+
+    def _prepare(self, folder: Path) -> snapshots.Manifest:
+        manifest = snapshots.read_manifest(folder)
+        snapshots.verify(folder, manifest, self._trusted)
+        return snapshots.merge(folder, manifest)
+
+    @contextlib.asynccontextmanager
+    async def _folder_lock(self, folder: Path) -> AsyncIterator[None]:
+        """One at a time reads or merges a saved machine; the folder is known by its inode, as it may be renamed."""
+        lock = self._folders.setdefault(_inode(folder), asyncio.Lock())
+        async with lock:
+            yield
+
+    # ---- machines ----
+
+    @contextlib.asynccontextmanager
+    async def _jailed(
+        self, spec: MachineSpec, links: dict[str, Path] | None = None
+    ) -> AsyncIterator[tuple[Jail, process.ProcessId, Firecracker]]:
+        """A fresh Firecracker in its jail with the machine's files; undone when the block fails.
+
+        Args:
+            links: what it reads besides the disks, by name in the jail; the boot files when None.
+        """
+        cell = self._cell(spec)
+        identity: process.ProcessId | None = None
+        try:
+            identity = await asyncio.to_thread(self._lock_in, cell, spec, links or self._boot_links())
+            api = Firecracker(cell.root, SOCKET, self._deadlines)
+            await _wait_until_ready(api, identity, cell)
+            yield cell, identity, api
+        except BaseException as error:
+            words = cell.last_words(600)
+            await asyncio.shield(asyncio.to_thread(_end, identity, cell))
+            if isinstance(error, FirecrackerError):
+                raise RuntimeFailure(f"the microVM did not start: {error}; its console: {words}") from error
+            if isinstance(error, OSError):
+                raise RuntimeFailure(f"the microVM's files could not be laid out: {error}") from error
+            raise
+
+    def _lock_in(self, cell: Jail, spec: MachineSpec, links: dict[str, Path]) -> process.ProcessId:
+        cell.create()
+        for name, source in links.items():
+            cell.provide(source, name)
+        for number, layer in enumerate(spec.layers):
+            cell.provide(layer, f"layer{number}")
+        cell.provide(spec.upper, _UPPER, writable=True)
+        return cell.spawn(self._settings.binaries, spec.slot.netns, spec.limits)
+
+    def _boot_links(self) -> dict[str, Path]:
+        return {_KERNEL: self._settings.guest.kernel, _INITRAMFS: self._settings.guest.initramfs}
+
+    def _cell(self, spec: MachineSpec) -> Jail:
+        return Jail(
+            machine_id=spec.machine_id,
+            base=spec.directory / "jail",
+            user=self._settings.first_user + spec.slot.index,
+            cgroup_parent=self._settings.binaries.cgroup_parent,
+        )
+
+    def _chain(self, spec: MachineSpec) -> Chain:
+        return Chain(spec.directory / "memory")
+
+    def _machine(
+        self,
+        spec: MachineSpec,
+        cell: Jail,
+        identity: process.ProcessId,
+        api: Firecracker,
+        chain: Chain,
+        *,
+        paused: bool,
+    ) -> MicroVM:
+        return MicroVM(
+            spec,
+            cell,
+            identity,
+            api,
+            chain,
+            firecracker_version=self._version,
+            paused=paused,
+            after_save=self.merge_later,
+        )
+
+    # ---- sweeping ----
+
+    def _sweep(self, keep: frozenset[str]) -> list[str]:
+        removed = []
+        parent = self._settings.binaries.cgroup_parent
+        for machine_id in sorted(jail.machines_with_cgroups(parent) - keep):
+            jail.end_cgroup(parent, machine_id)
+            removed.append(f"microVM {machine_id}")
+        for machine in sorted(self._settings.machines_dir.glob("*/jail/firecracker/*")):
+            if machine.name not in keep:
+                base = machine.parent.parent
+                Jail(machine.name, base, user=0, cgroup_parent=parent).remove()
+                removed.append(f"jail {machine.name}")
+        return removed
+
+
+async def _wait_until_ready(api: Firecracker, identity: process.ProcessId, cell: Jail) -> None:
+    """Return when the API answers; a jailer that gives up is noticed at once, with its words."""
+    ready = asyncio.create_task(api.wait_until_ready())
+    ended = asyncio.create_task(process.wait_for_end(identity))
+    try:
+        await asyncio.wait({ready, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if ended.done() and not ready.done():
+            raise JailerError(f"the jailer gave up: {cell.last_words(600)}")
+        await ready
+    finally:
+        for task in (ready, ended):
+            task.cancel()
+        await asyncio.gather(ready, ended, return_exceptions=True)
+
+
+def _end(identity: process.ProcessId | None, cell: Jail) -> None:
+    if identity is not None and not process.end_and_wait(identity, _END_SECONDS):
+        log.error("microvm.does_not_end", machine_id=cell.machine_id, pid=identity.pid)
+        return
+    cell.remove()
+
+
+def _tap(spec: MachineSpec) -> str:
+    if spec.slot.tap is None:
+        raise RuntimeFailure(f"slot {spec.slot.index} has no tap; the node made it for another runtime")
+    return spec.slot.tap
+
+
+def _refuse_other_size(spec: MachineSpec, manifest: snapshots.Manifest) -> None:
+    asked = (spec.limits.cpu_count, spec.limits.memory_mb, len(spec.layers))
+    has = (manifest.cpu_count, manifest.memory_mb, manifest.layers)
+    if asked != has:
+        raise RuntimeFailure(
+            f"the saved machine has {has[0]} CPUs, {has[1]} MiB and {has[2]} layers; "
+            f"it cannot be restored with {asked[0]}, {asked[1]} and {asked[2]}"
+        )
+
+
+def _disable_huge_pages() -> None:
+    """Turn transparent huge pages off for machines started from here (inherited over exec).
+
+    A private mapping of a memory file gains nothing from them, and a restored, idle machine needs 2.6 MB with them
+    off and 6.7 MB with them on (Debian's default).
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+
+
+def _refuse_missing_parts(binaries: JailerSettings) -> None:
+    for path in (binaries.firecracker, binaries.jailer):
+        if not os.access(path, os.X_OK):
+            raise FirecrackerError(f"{path} is missing or cannot be run; 'emberbox setup' fetches it")
+    for device in ("/dev/kvm", "/dev/net/tun"):
+        if not os.path.exists(device):
+            raise FirecrackerError(f"{device} is missing: this host cannot run microVMs")
+
+
+def _inode(folder: Path) -> tuple[int, int]:
+    try:
+        facts = folder.stat()
+    except FileNotFoundError:
+        raise SavedDamaged(f"the saved machine {folder.name} does not exist") from None
+    return (facts.st_dev, facts.st_ino)
+
+
+async def _version(firecracker: Path) -> str:
+    child = await asyncio.create_subprocess_exec(
+        str(firecracker), "--version", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    try:
+        async with asyncio.timeout(30):
+            out, _ = await child.communicate()
+    except TimeoutError:
+        child.kill()
+        await child.wait()
+        raise FirecrackerError(f"'{firecracker} --version' does not answer") from None
+    words = out.decode("utf-8", "replace").split()
+    if len(words) < 2 or words[0] != "Firecracker":
+        raise FirecrackerError(f"'{firecracker} --version' does not look like Firecracker: {' '.join(words)[:200]}")
+    return words[1].removeprefix("v")

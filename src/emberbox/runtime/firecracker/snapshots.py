@@ -1,0 +1,177 @@
+"""A saved microVM on disk: its devices, its memory as a base with changes over it, and its upper.
+
+One folder holds all of it, so that its parts live and go together:
+
+    manifest.json   written last: a folder without it is half-made and is refused
+    state           Firecracker's devices (carries a checksum of its own)
+    memory.N        pieces of memory, lowest N first: a whole one, then the pages changed since
+    upper           the writable disk at the same instant
+
+Pieces never change once written, and are hard links where several folders share them (a template's memory is in
+every sandbox saved from it, and on the disk once).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from emberbox.runtime import sparse
+from emberbox.runtime.errors import SavedDamaged
+
+FORMAT = 1
+STATE = "state"
+UPPER = "upper"
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One file of memory."""
+
+    name: str
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a saved machine must be restored with."""
+
+    firecracker: str
+    """Version that wrote it; another may not read it."""
+    cpu_count: int
+    memory_mb: int
+    layers: int
+    pieces: tuple[Piece, ...]
+    state_checksum: str
+    format: int = FORMAT
+
+    def write(self, folder: Path) -> None:
+        """Put the manifest in place in one step, after all it names is safely on the disk."""
+        for name in (STATE, UPPER, *(piece.name for piece in self.pieces)):
+            _sync(folder / name)
+        _replace(folder / _MANIFEST, json.dumps(asdict(self), indent=1).encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest in `folder`.
+
+    Raises:
+        SavedDamaged: it is missing or broken, or of a format that this version does not know.
+    """
+    try:
+        fields = json.loads((folder / _MANIFEST).read_text())
+        if fields["format"] != FORMAT:
+            raise SavedDamaged(f"the saved machine has format {fields['format']}, this version reads {FORMAT}")
+        fields["pieces"] = tuple(Piece(**piece) for piece in fields["pieces"])
+        manifest = Manifest(**fields)
+    except FileNotFoundError:
+        raise SavedDamaged("the saved machine is incomplete: it has no manifest") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SavedDamaged(f"the saved machine's manifest cannot be read: {error}") from error
+    if not manifest.pieces:
+        raise SavedDamaged("the saved machine's manifest names no memory")
+    return manifest
+
+
+def verify(folder: Path, manifest: Manifest, trusted: set[tuple[int, int, int]]) -> None:
+    """Compare the saved files with their checksums.
+
+    Args:
+        trusted: device, inode and change time of pieces checked before. A template's memory is checked once, not for
+            each of its clones; what is found right is added.
+
+    Raises:
+        SavedDamaged: a file is missing or differs; says which.
+    """
+    _verify_file(folder / STATE, manifest.state_checksum)
+    for piece in manifest.pieces:
+        path = folder / piece.name
+        mark = _mark(path)
+        if mark is None or mark not in trusted:
+            _verify_file(path, piece.checksum)
+            if mark is not None:
+                trusted.add(mark)
+    if not (folder / UPPER).exists():
+        raise SavedDamaged("the saved machine is incomplete: its disk is missing")
+
+
+def merge(folder: Path, manifest: Manifest) -> Manifest:
+    """Make one whole piece out of several, so that the machine can be loaded from it; returns the new manifest.
+
+    A crash at any step leaves the old manifest with the old pieces, or the new one with the new piece.
+    """
+    if len(manifest.pieces) == 1:
+        return manifest
+    numbers = [int(piece.name.partition(".")[2]) for piece in manifest.pieces]
+    name = f"memory.{max(numbers) + 1}"
+    work = folder / "merging"
+    work.unlink(missing_ok=True)
+    try:
+        sparse.clone(folder / manifest.pieces[0].name, work, mode=0o444)
+        for piece in manifest.pieces[1:]:
+            sparse.overlay(folder / piece.name, work)
+        whole = Piece(name, sparse.checksum(work))
+        work.rename(folder / name)
+    except BaseException:
+        work.unlink(missing_ok=True)
+        raise
+    merged = Manifest(
+        firecracker=manifest.firecracker,
+        cpu_count=manifest.cpu_count,
+        memory_mb=manifest.memory_mb,
+        layers=manifest.layers,
+        pieces=(whole,),
+        state_checksum=manifest.state_checksum,
+    )
+    merged.write(folder)
+    for piece in manifest.pieces:
+        (folder / piece.name).unlink(missing_ok=True)
+    return merged
+
+
+def _verify_file(path: Path, expected: str) -> None:
+    try:
+        found = sparse.checksum(path)
+    except FileNotFoundError:
+        raise SavedDamaged(f"the saved machine is incomplete: {path.name} is missing") from None
+    if found != expected:
+        raise SavedDamaged(f"the saved machine is damaged: {path.name} should have {expected}, has {found}")
+
+
+def _mark(path: Path) -> tuple[int, int, int] | None:
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return None
+    return (facts.st_dev, facts.st_ino, facts.st_mtime_ns)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    work = path.with_suffix(".new")
+    try:
+        with work.open("wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        work.rename(path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            work.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,153 @@
+"""Sparse files: cloning them cheaply, and laying the changed pages of one over another.
+
+Disks and guest memory are large files with few bytes in them. A clone shares blocks where the file system can
+(reflink) and copies only what is not a hole elsewhere. Everything here blocks; callers on an event loop use a thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+_FICLONE = 0x40049409  # _IOW(0x94, 9, int), linux/fs.h
+_CHUNK = 4 * 1024 * 1024
+_KEEP_SIZE, _PUNCH_HOLE = 0x01, 0x02  # linux/falloc.h
+
+_libc = ctypes.CDLL(None)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def clone(source: Path, target: Path, *, mode: int = 0o600) -> None:
+    """Make the new file `target` an independent copy of `source`, with the same holes.
+
+    Raises:
+        OSError: `target` exists, or the disk is full; a half-made `target` is removed.
+    """
+    with source.open("rb") as reader:
+        writer = os.open(target, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, mode)
+        try:
+            if not _reflink(reader.fileno(), writer):
+                os.ftruncate(writer, os.fstat(reader.fileno()).st_size)
+                _copy_data(reader.fileno(), writer)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(writer)
+
+
+def overlay(changes: Path, onto: Path) -> int:
+    """Write every data range of the sparse file `changes` over the same range of `onto`; returns the bytes written."""
+    with changes.open("rb") as reader, onto.open("r+b") as writer:
+        return _copy_data(reader.fileno(), writer.fileno())
+
+
+def data_ranges(path: Path) -> Iterator[tuple[int, int]]:
+    """Yield (offset, length) of what is not a hole, in order."""
+    with path.open("rb") as reader:
+        yield from _ranges(reader.fileno())
+
+
+def checksum(path: Path) -> str:
+    """Return a checksum of the file's size and contents that holes do not change the cost of.
+
+    It finds damage, not forgery: CRC-32 over every range that is not a hole, with its offset.
+    """
+    value = 0
+    with path.open("rb") as reader:
+        descriptor = reader.fileno()
+        for offset, length in _ranges(descriptor):
+            value = zlib.crc32(b"%d+%d" % (offset, length), value)
+            position = offset
+            while position < offset + length:
+                block = os.pread(descriptor, min(_CHUNK, offset + length - position), position)
+                if not block:
+                    break
+                value = zlib.crc32(block, value)
+                position += len(block)
+        size = os.fstat(descriptor).st_size
+    return f"crc32:{size}:{value:08x}"
+
+
+def allocated(path: Path) -> int:
+    """Return the bytes that the file takes on its disk."""
+    return path.stat().st_blocks * 512
+
+
+def dig_holes(path: Path) -> None:
+    """Turn the file's zero pages into holes, so that clones and checksums skip them."""
+    page = 4096
+    zero_chunk = bytes(_CHUNK)
+    zero_page = bytes(page)
+    with path.open("r+b") as handle:
+        descriptor = handle.fileno()
+        for offset, length in list(_ranges(descriptor)):
+            position = offset
+            while position < offset + length:
+                block = os.pread(descriptor, min(_CHUNK, offset + length - position), position)
+                if not block:
+                    break
+                if block == zero_chunk[: len(block)]:
+                    _punch(descriptor, position, len(block))
+                else:
+                    for start in range(0, len(block), page):
+                        if block[start : start + page] == zero_page:
+                            _punch(descriptor, position + start, page)
+                position += len(block)
+
+
+def _reflink(reader: int, writer: int) -> bool:
+    try:
+        fcntl.ioctl(writer, _FICLONE, reader)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS):
+            return False
+        raise
+    return True
+
+
+def _copy_data(reader: int, writer: int) -> int:
+    written = 0
+    for offset, length in _ranges(reader):
+        done = 0
+        while done < length:
+            step = _copy_range(reader, writer, offset + done, min(_CHUNK, length - done))
+            if step == 0:
+                raise OSError(errno.EIO, "the file became shorter while it was copied")
+            done += step
+        written += length
+    return written
+
+
+def _copy_range(reader: int, writer: int, offset: int, length: int) -> int:
+    try:
+        return os.copy_file_range(reader, writer, length, offset, offset)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    return os.pwrite(writer, os.pread(reader, length, offset), offset)
+
+
+def _ranges(descriptor: int) -> Iterator[tuple[int, int]]:
+    size = os.fstat(descriptor).st_size
+    position = 0
+    while position < size:
+        try:
+            start = os.lseek(descriptor, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole follows
+                return
+            raise
+        end = os.lseek(descriptor, start, os.SEEK_HOLE)
+        yield start, end - start
+        position = end
+
+
+def _punch(descriptor: int, offset: int, length: int) -> None:
+    # Python has no fallocate(2) with flags. A file system that cannot punch keeps its zeros: larger, not wrong.
+    _libc.fallocate(descriptor, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
