@@ -1,0 +1,47 @@
+"""Bringing a database to the current schema. Alembic is imported only when there is something to do."""
+
+from __future__ import annotations
+
+from sqlalchemy import inspect, text
+from sqlalchemy.engine import Connection
+
+from emberbox.store.engine import Store
+
+HEAD = "0001"
+"""The newest revision in `migrations/versions`; a test holds the two together."""
+
+_LOCK = 0x656D6265
+"""Advisory lock: one process migrates a PostgreSQL database at a time."""
+
+
+async def revision(store: Store) -> str | None:
+    """The database's schema revision; None for an empty database."""
+    async with store.read() as connection:
+        return await connection.run_sync(_revision)
+
+
+async def migrate(store: Store) -> bool:
+    """Bring the database to `HEAD`. Returns whether anything was done; doing it twice is harmless."""
+    if await revision(store) == HEAD:
+        return False
+    async with store.write() as connection:
+        if not store.is_sqlite:
+            await connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
+        await connection.run_sync(_upgrade)
+    return True
+
+
+def _revision(connection: Connection) -> str | None:
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+
+
+def _upgrade(connection: Connection) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", "emberbox.store:migrations")
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")

@@ -1,0 +1,438 @@
+"""Templates, their names, builds, tags and build logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import and_, bindparam, case, delete, func, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from emberbox.store.engine import Store
+from emberbox.store.errors import DuplicateName
+from emberbox.store.records import BuildLogRecord, BuildRecord, TagRecord, TemplateRecord, fields, values
+from emberbox.store.tables import (
+    build_logs,
+    sandboxes,
+    teams,
+    template_aliases,
+    template_builds,
+    template_tags,
+    templates,
+)
+
+_visible = or_(templates.c.team_id == bindparam("team"), templates.c.public)
+_find = (
+    select(templates, template_aliases.c.namespace, template_aliases.c.alias)
+    .outerjoin(
+        template_aliases,
+        and_(template_aliases.c.template_id == templates.c.id, template_aliases.c.alias == bindparam("name")),
+    )
+    .where(
+        _visible,
+        or_(
+            templates.c.id == bindparam("name"),
+            and_(
+                template_aliases.c.alias == bindparam("name"),
+                or_(template_aliases.c.namespace == bindparam("namespace"), templates.c.is_default),
+            ),
+        ),
+    )
+    # A team's own name hides a default template's.
+    .order_by(case((templates.c.team_id == bindparam("team"), 0), else_=1))
+    .limit(1)
+)
+_tagged = (
+    select(template_builds)
+    .join(template_tags, template_tags.c.build_id == template_builds.c.id)
+    .where(template_tags.c.template_id == bindparam("template"), template_tags.c.tag == bindparam("tag"))
+    .order_by(template_tags.c.assigned_at.desc(), template_tags.c.id.desc())
+    .limit(1)
+)
+
+
+async def find(
+    store: Store, *, team_id: str, namespace: str, name: str, tag: str
+) -> tuple[TemplateRecord, str | None, BuildRecord | None] | None:
+    """The template that a team means by an ID or an alias, the alias, and the build under `tag`.
+
+    Args:
+        namespace: where an alias is looked for, besides the default templates.
+    """
+    async with store.read() as connection:
+        row = (await connection.execute(_find, {"team": team_id, "namespace": namespace, "name": name})).first()
+        if row is None:
+            return None
+        found = fields(row)
+        alias = found["alias"]
+        template = TemplateRecord(**{c.name: found[c.name] for c in templates.c})
+        build = (await connection.execute(_tagged, {"template": template.id, "tag": tag})).first()
+    return template, alias, BuildRecord(**fields(build)) if build else None
+
+
+async def alias_owner(store: Store, namespace: str, alias: str) -> TemplateRecord | None:
+    query = (
+        select(templates)
+        .join(template_aliases, template_aliases.c.template_id == templates.c.id)
+        .where(template_aliases.c.namespace == namespace, template_aliases.c.alias == alias)
+    )
+    async with store.read() as connection:
+        row = (await connection.execute(query)).first()
+    return TemplateRecord(**fields(row)) if row else None
+
+
+async def known_names(store: Store, team_id: str) -> list[str]:
+    """Every alias that the team could use, for suggestions."""
+    query = (
+        select(template_aliases.c.alias)
+        .join(templates, templates.c.id == template_aliases.c.template_id)
+        .where(or_(templates.c.team_id == team_id, templates.c.is_default))
+        .limit(1000)
+    )
+    async with store.read() as connection:
+        return list((await connection.execute(query)).scalars())
+
+
+async def get(store: Store, template_id: str) -> TemplateRecord | None:
+    async with store.read() as connection:
+        row = (await connection.execute(select(templates).where(templates.c.id == template_id))).first()
+    return TemplateRecord(**fields(row)) if row else None
+
+
+async def page(
+    store: Store,
+    *,
+    team_id: str | None,
+    kind: str,
+    only_default: bool = False,
+    limit: int | None = None,
+    after: tuple[int, str] | None = None,
+) -> list[TemplateRecord]:
+    """Templates, newest first."""
+    query = select(templates).where(templates.c.kind == kind)
+    if only_default:
+        query = query.where(templates.c.is_default)
+    if team_id is not None:
+        query = query.where(templates.c.team_id == team_id)
+    if after is not None:
+        at, last_id = after
+        query = query.where(
+            or_(templates.c.created_at < at, and_(templates.c.created_at == at, templates.c.id < last_id))
+        )
+    query = query.order_by(templates.c.created_at.desc(), templates.c.id.desc())
+    if limit is not None:
+        query = query.limit(limit)
+    async with store.read() as connection:
+        return [TemplateRecord(**fields(row)) for row in await connection.execute(query)]
+
+
+async def aliases_of(store: Store, template_ids: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
+    """Template ID -> its (namespace, alias) pairs."""
+    query = (
+        select(template_aliases)
+        .where(template_aliases.c.template_id.in_(list(template_ids)))
+        .order_by(template_aliases.c.namespace, template_aliases.c.alias)
+    )
+    names: dict[str, list[tuple[str, str]]] = {}
+    async with store.read() as connection:
+        for row in await connection.execute(query):
+            names.setdefault(row.template_id, []).append((row.namespace, row.alias))
+    return names
+
+
+async def latest_builds(store: Store, template_ids: Iterable[str]) -> dict[str, tuple[BuildRecord, int]]:
+    """Template ID -> its newest build (a ready one where there is one) and how many builds it has."""
+    query = (
+        select(template_builds)
+        .where(template_builds.c.template_id.in_(list(template_ids)))
+        .order_by(template_builds.c.created_at, template_builds.c.id)
+    )
+    chosen: dict[str, BuildRecord] = {}
+    counts: dict[str, int] = {}
+    async with store.read() as connection:
+        for row in await connection.execute(query):
+            build = BuildRecord(**fields(row))
+            counts[build.template_id] = counts.get(build.template_id, 0) + 1
+            before = chosen.get(build.template_id)
+            if before is None or build.status == "ready" or before.status != "ready":
+                chosen[build.template_id] = build
+    return {template_id: (build, counts[template_id]) for template_id, build in chosen.items()}
+
+
+async def builds_page(
+    store: Store, template_id: str, *, limit: int | None = None, after: tuple[int, str] | None = None
+) -> list[BuildRecord]:
+    """Builds of a template, newest first."""
+    query = select(template_builds).where(template_builds.c.template_id == template_id)
+    if after is not None:
+        at, last_id = after
+        query = query.where(
+            or_(
+                template_builds.c.created_at < at,
+                and_(template_builds.c.created_at == at, template_builds.c.id < last_id),
+            )
+        )
+    query = query.order_by(template_builds.c.created_at.desc(), template_builds.c.id.desc())
+    if limit is not None:
+        query = query.limit(limit)
+    async with store.read() as connection:
+        return [BuildRecord(**fields(row)) for row in await connection.execute(query)]
+
+
+async def get_build(store: Store, build_id: str) -> BuildRecord | None:
+    async with store.read() as connection:
+        row = (await connection.execute(select(template_builds).where(template_builds.c.id == build_id))).first()
+    return BuildRecord(**fields(row)) if row else None
+
+
+async def add(
+    store: Store, template: TemplateRecord, *, aliases: Sequence[tuple[str, str]], build: BuildRecord
+) -> None:
+    """Insert a template with its first build, in one transaction.
+
+    Raises:
+        DuplicateName: an alias is taken.
+    """
+    try:
+        async with store.write() as connection:
+            await connection.execute(insert(templates).values(values(template)))
+            for namespace, alias in aliases:
+                await connection.execute(
+                    insert(template_aliases).values(namespace=namespace, alias=alias, template_id=template.id)
+                )
+            await connection.execute(insert(template_builds).values(values(build)))
+    except IntegrityError as error:
+        raise DuplicateName("the template's name is taken") from error
+
+
+async def add_build(store: Store, build: BuildRecord) -> None:
+    async with store.write() as connection:
+        await connection.execute(insert(template_builds).values(values(build)))
+        await connection.execute(
+            update(templates).where(templates.c.id == build.template_id).values(updated_at=build.created_at)
+        )
+
+
+async def change(store: Store, template_id: str, changes: Mapping[str, Any]) -> None:
+    async with store.write() as connection:
+        await connection.execute(update(templates).where(templates.c.id == template_id).values(**changes))
+
+
+async def change_build(
+    store: Store,
+    build_id: str,
+    *,
+    statuses: Iterable[str],
+    changes: Mapping[str, Any],
+    tags: Sequence[TagRecord] = (),
+) -> BuildRecord | None:
+    """Change a build that has one of `statuses` and assign tags to it, in one transaction."""
+    statement = (
+        update(template_builds)
+        .where(template_builds.c.id == build_id, template_builds.c.status.in_(list(statuses)))
+        .values(**changes)
+        .returning(*template_builds.c)
+    )
+    async with store.write() as connection:
+        row = (await connection.execute(statement)).first()
+        if row is None:
+            return None
+        await _assign(connection, tags)
+    return BuildRecord(**fields(row))
+
+
+async def builds_in(store: Store, statuses: Iterable[str], *, team_id: str | None = None) -> list[BuildRecord]:
+    query = select(template_builds).where(template_builds.c.status.in_(list(statuses)))
+    if team_id is not None:
+        query = query.join(templates, templates.c.id == template_builds.c.template_id).where(
+            templates.c.team_id == team_id
+        )
+    async with store.read() as connection:
+        return [BuildRecord(**fields(row)) for row in await connection.execute(query)]
+
+
+async def delete_template(store: Store, template_id: str) -> tuple[list[BuildRecord], set[str]]:
+    """Remove a template and all that is its own.
+
+    Returns:
+        Its builds, and those of their layers that no other build uses.
+    """
+    async with store.write() as connection:
+        builds = await _builds(connection, template_builds.c.template_id == template_id)
+        await connection.execute(delete(templates).where(templates.c.id == template_id))
+        return builds, await _unused_layers(connection, builds)
+
+
+async def delete_build(store: Store, build_id: str) -> tuple[list[BuildRecord], set[str]]:
+    """Remove one build; returns as `delete_template`."""
+    async with store.write() as connection:
+        builds = await _builds(connection, template_builds.c.id == build_id)
+        await connection.execute(delete(template_builds).where(template_builds.c.id == build_id))
+        return builds, await _unused_layers(connection, builds)
+
+
+async def used_by(store: Store, template_id: str) -> int:
+    """How many sandboxes that have not ended were started from the template."""
+    query = (
+        select(func.count())
+        .select_from(sandboxes)
+        .where(sandboxes.c.template_id == template_id, sandboxes.c.state != "ended")
+    )
+    async with store.read() as connection:
+        return (await connection.execute(query)).scalar_one()
+
+
+# ---- tags
+
+
+async def assign_tags(store: Store, tags: Sequence[TagRecord]) -> None:
+    async with store.write() as connection:
+        await _assign(connection, tags)
+
+
+async def tag_assignments(store: Store, template_id: str, *, tag: str | None = None) -> list[TagRecord]:
+    """Assignments to ready builds, latest first."""
+    query = (
+        select(template_tags)
+        .join(template_builds, template_builds.c.id == template_tags.c.build_id)
+        .where(template_tags.c.template_id == template_id, template_builds.c.status == "ready")
+        .order_by(template_tags.c.assigned_at.desc(), template_tags.c.id.desc())
+    )
+    if tag is not None:
+        query = query.where(template_tags.c.tag == tag)
+    async with store.read() as connection:
+        return [TagRecord(**fields(row)) for row in await connection.execute(query)]
+
+
+async def delete_tags(store: Store, template_id: str, tags: Iterable[str]) -> int:
+    statement = delete(template_tags).where(
+        template_tags.c.template_id == template_id, template_tags.c.tag.in_(list(tags))
+    )
+    async with store.write() as connection:
+        return (await connection.execute(statement)).rowcount
+
+
+# ---- build logs
+
+
+async def add_logs(store: Store, records: Sequence[BuildLogRecord]) -> None:
+    async with store.write() as connection:
+        await connection.execute(insert(build_logs), [values(record) for record in records])
+
+
+async def count_logs(store: Store, build_id: str) -> int:
+    query = select(func.count()).select_from(build_logs).where(build_logs.c.build_id == build_id)
+    async with store.read() as connection:
+        return (await connection.execute(query)).scalar_one()
+
+
+async def logs_from(store: Store, build_id: str, *, position: int, limit: int) -> list[BuildLogRecord]:
+    """Log entries by position, oldest first."""
+    query = (
+        select(build_logs)
+        .where(build_logs.c.build_id == build_id, build_logs.c.position >= position)
+        .order_by(build_logs.c.position)
+        .limit(limit)
+    )
+    async with store.read() as connection:
+        return [BuildLogRecord(**fields(row)) for row in await connection.execute(query)]
+
+
+async def logs_by_time(
+    store: Store, build_id: str, *, cursor_ms: int | None, limit: int, backward: bool, levels: Iterable[str]
+) -> list[BuildLogRecord]:
+    """Log entries by time: forward from a cursor, or backward from it (or from the end)."""
+    query = select(build_logs).where(build_logs.c.build_id == build_id, build_logs.c.level.in_(list(levels)))
+    if cursor_ms is not None:
+        at = build_logs.c.timestamp_ms
+        query = query.where(at <= cursor_ms if backward else at >= cursor_ms)
+    order = build_logs.c.position.desc() if backward else build_logs.c.position.asc()
+    async with store.read() as connection:
+        rows = await connection.execute(query.order_by(order).limit(limit))
+        return [BuildLogRecord(**fields(row)) for row in rows]
+
+
+# ---- snapshots: templates whose builds were saved from a sandbox
+
+
+async def snapshots_page(
+    store: Store,
+    *,
+    team_id: str,
+    sandbox_id: str | None,
+    template_id: str | None,
+    build_id: str | None,
+    limit: int,
+    after: tuple[int, str] | None,
+) -> list[tuple[TemplateRecord, BuildRecord]]:
+    """Ready snapshot builds of a team, newest first."""
+    query = (
+        select(template_builds)
+        .join(templates, templates.c.id == template_builds.c.template_id)
+        .where(
+            templates.c.team_id == team_id,
+            template_builds.c.status == "ready",
+            template_builds.c.snapshot_id.is_not(None),
+        )
+    )
+    if sandbox_id is not None:
+        query = query.where(template_builds.c.source_sandbox_id == sandbox_id)
+    if template_id is not None:
+        query = query.where(template_builds.c.template_id == template_id)
+    if build_id is not None:
+        query = query.where(template_builds.c.id == build_id)
+    if after is not None:
+        at, last_id = after
+        query = query.where(
+            or_(
+                template_builds.c.created_at < at,
+                and_(template_builds.c.created_at == at, template_builds.c.id < last_id),
+            )
+        )
+    query = query.order_by(template_builds.c.created_at.desc(), template_builds.c.id.desc()).limit(limit)
+    async with store.read() as connection:
+        builds = [BuildRecord(**fields(row)) for row in await connection.execute(query)]
+        wanted = {build.template_id for build in builds}
+        rows = await connection.execute(select(templates).where(templates.c.id.in_(wanted)))
+        owners = {row.id: TemplateRecord(**fields(row)) for row in rows}
+    return [(owners[build.template_id], build) for build in builds if build.template_id in owners]
+
+
+async def tags_of_builds(store: Store, build_ids: Iterable[str]) -> dict[str, list[str]]:
+    """Build ID -> the tags that were assigned to it, in alphabetical order."""
+    query = (
+        select(template_tags.c.build_id, template_tags.c.tag)
+        .where(template_tags.c.build_id.in_(list(build_ids)))
+        .order_by(template_tags.c.tag)
+        .distinct()
+    )
+    found: dict[str, list[str]] = {}
+    async with store.read() as connection:
+        for row in await connection.execute(query):
+            found.setdefault(row.build_id, []).append(row.tag)
+    return found
+
+
+async def slug_of(store: Store, team_id: str) -> str:
+    async with store.read() as connection:
+        return (await connection.execute(select(teams.c.slug).where(teams.c.id == team_id))).scalar_one()
+
+
+async def _assign(connection: AsyncConnection, tags: Sequence[TagRecord]) -> None:
+    if tags:
+        await connection.execute(insert(template_tags), [values(tag) for tag in tags])
+
+
+async def _builds(connection: AsyncConnection, condition: Any) -> list[BuildRecord]:
+    rows = await connection.execute(select(template_builds).where(condition))
+    return [BuildRecord(**fields(row)) for row in rows]
+
+
+async def _unused_layers(connection: AsyncConnection, builds: Sequence[BuildRecord]) -> set[str]:
+    candidates = {digest for build in builds for digest in build.layers}
+    if not candidates:
+        return set()
+    for row in await connection.execute(select(template_builds.c.layers)):
+        candidates.difference_update(row.layers)
+    return candidates
