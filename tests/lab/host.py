@@ -21,7 +21,6 @@ from pathlib import Path
 
 from recipe import LabImage, say
 
-
 _KERNEL_WORDS = "console=ttyS0 reboot=t panic=-1 mitigations=off quiet"
 
 

@@ -52,7 +52,7 @@ class FirecrackerRuntime:
     )
 
     def __init__(self, settings: FirecrackerSettings, version: str) -> None:
-        self._settings = settings
+        self.settings = settings
         self._version = version
         self._deadlines = Deadlines().scaled(settings.time_scale)
         self._trusted: set[tuple[int, int, int]] = set()
@@ -193,17 +193,17 @@ class FirecrackerRuntime:
         for number, layer in enumerate(spec.layers):
             cell.provide(layer, f"layer{number}")
         cell.provide(spec.upper, _UPPER, writable=True)
-        return cell.spawn(self._settings.binaries, spec.slot.netns, spec.limits)
+        return cell.spawn(self.settings.binaries, spec.slot.netns, spec.limits)
 
     def _boot_links(self) -> dict[str, Path]:
-        return {_KERNEL: self._settings.guest.kernel, _INITRAMFS: self._settings.guest.initramfs}
+        return {_KERNEL: self.settings.guest.kernel, _INITRAMFS: self.settings.guest.initramfs}
 
     def _cell(self, spec: MachineSpec) -> Jail:
         return Jail(
             machine_id=spec.machine_id,
             base=spec.directory / "jail",
-            user=self._settings.first_user + spec.slot.index,
-            cgroup_parent=self._settings.binaries.cgroup_parent,
+            user=self.settings.first_user + spec.slot.index,
+            cgroup_parent=self.settings.binaries.cgroup_parent,
         )
 
     def _chain(self, spec: MachineSpec) -> Chain:
@@ -234,11 +234,11 @@ class FirecrackerRuntime:
 
     def _sweep(self, keep: frozenset[str]) -> list[str]:
         removed = []
-        parent = self._settings.binaries.cgroup_parent
+        parent = self.settings.binaries.cgroup_parent
         for machine_id in sorted(jail.machines_with_cgroups(parent) - keep):
             jail.end_cgroup(parent, machine_id)
             removed.append(f"microVM {machine_id}")
-        for machine in sorted(self._settings.machines_dir.glob("*/jail/firecracker/*")):
+        for machine in sorted(self.settings.machines_dir.glob("*/jail/firecracker/*")):
             if machine.name not in keep:
                 base = machine.parent.parent
                 Jail(machine.name, base, user=0, cgroup_parent=parent).remove()

@@ -1,0 +1,316 @@
+"""The life of a microVM, as far as its Firecracker alone shows it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from emberbox.runtime.base import Machine, MachineSpec, Runtime, Saved
+from emberbox.runtime.errors import MachineGone, RuntimeFailure, SavedDamaged
+from emberbox.runtime.firecracker import snapshots
+from emberbox.runtime.firecracker.jail import JailerSettings, cgroup_version
+from emberbox.runtime.firecracker.runtime import FirecrackerRuntime
+
+NewSpec = Callable[..., MachineSpec]
+
+
+def status_of(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def left_over(spec: MachineSpec, instance: str) -> list[str]:
+    """What a machine of the instance still holds: mounts, processes, control groups, jail."""
+    found = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(spec.directory) in line]
+    found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"{instance}/*/")]
+    found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/{instance}/*/")]
+    found += [str(path) for path in (spec.directory / "jail",) if path.exists()]
+    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"--id={spec.machine_id}".encode() in cmdline.read_bytes() and not_a_zombie(cmdline.parent):
+                found.append(str(cmdline))
+        except OSError:
+            continue
+    return found
+
+
+def not_a_zombie(process: Path) -> bool:
+    return "State:\tZ" not in (process / "status").read_text()
+
+
+def in_jail(spec: MachineSpec, name: str) -> os.stat_result:
+    return (spec.directory / "jail" / "firecracker" / spec.machine_id / "root" / name).stat()
+
+
+async def saved_machine(runtime: FirecrackerRuntime, spec: MachineSpec, into: Path) -> Saved:
+    """Start a machine, save it with its memory, end it."""
+    machine = await runtime.start(spec)
+    await machine.pause()
+    into.mkdir()
+    saved = await machine.save(into, memory=True)
+    await machine.destroy()
+    return saved
+
+
+def test_it_is_what_the_protocol_asks(runtime: FirecrackerRuntime) -> None:
+    assert isinstance(runtime, Runtime)
+    assert runtime.capabilities.memory_snapshots
+
+
+async def test_a_started_machine_runs_jailed(runtime: FirecrackerRuntime, new_spec: NewSpec, instance: str) -> None:
+    spec = new_spec(memory_mb=128)
+
+    machine = await runtime.start(spec)
+
+    pid = machine.record()["pid"]
+    status = status_of(pid)
+    assert isinstance(machine, Machine)
+    assert set(status["Uid"].split()) == {"1900000000"}
+    assert set(status["Gid"].split()) == {"1900000000"}
+    assert status["CapEff"] == "0000000000000000"
+    assert status["Seccomp"] == "2"
+    assert status["NoNewPrivs"] == "1"
+    assert os.stat(f"/proc/{pid}/ns/net").st_ino == os.stat(f"/var/run/netns/{spec.slot.netns}").st_ino
+    assert os.stat(f"/proc/{pid}/ns/mnt").st_ino != os.stat("/proc/self/ns/mnt").st_ino
+    assert f"/{instance}/{spec.machine_id}" in Path(f"/proc/{pid}/cgroup").read_text()
+    await machine.destroy()
+
+
+async def test_the_control_group_bounds_memory_and_cpu(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, instance: str
+) -> None:
+    spec = new_spec(memory_mb=256, cpu_count=2)
+
+    machine = await runtime.start(spec)
+
+    group = f"{instance}/{spec.machine_id}"
+    if cgroup_version() == 2:
+        memory = Path("/sys/fs/cgroup", group, "memory.max")
+        assert Path("/sys/fs/cgroup", group, "cpu.max").read_text() == "200000 100000\n"
+    else:
+        memory = Path("/sys/fs/cgroup/memory", group, "memory.limit_in_bytes")
+        assert Path("/sys/fs/cgroup/cpu", group, "cpu.cfs_quota_us").read_text() == "200000\n"
+    assert int(memory.read_text()) == (256 + 128) * 1024 * 1024
+    await machine.destroy()
+
+
+async def test_destroy_leaves_nothing_and_may_be_repeated(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, instance: str
+) -> None:
+    spec = new_spec()
+    machine = await runtime.start(spec)
+
+    await machine.destroy()
+    await machine.destroy()
+
+    assert left_over(spec, instance) == []
+    assert not await machine.alive()
+
+
+async def test_a_machine_that_dies_is_noticed(runtime: FirecrackerRuntime, new_spec: NewSpec) -> None:
+    machine = await runtime.start(new_spec())
+    watcher = asyncio.create_task(machine.wait())
+    await asyncio.sleep(0)
+
+    os.kill(machine.record()["pid"], signal.SIGKILL)
+
+    async with asyncio.timeout(10):
+        assert "ended" in await watcher
+    with pytest.raises(MachineGone):
+        await machine.pause()
+    await machine.destroy()
+
+
+async def test_a_saved_machine_is_restored_and_saves_only_changes_from_then_on(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
+) -> None:
+    first = new_spec("m1")
+    saved = await saved_machine(runtime, first, tmp_path / "saved")
+    second = new_spec("m2")
+
+    machine = await runtime.restore(second, saved)
+
+    assert await machine.alive()
+    again = tmp_path / "again"
+    again.mkdir()
+    resaved = await machine.save(again, memory=True)
+    assert resaved.memory
+    whole, changes = snapshots.read_manifest(tmp_path / "saved").pieces[0], again / "memory.1"
+    assert (again / whole.name).stat().st_ino == (tmp_path / "saved" / whole.name).stat().st_ino
+    assert changes.stat().st_blocks * 512 < 32 * 1024 * 1024
+    await machine.destroy()
+
+
+async def test_a_machine_saved_twice_is_restored_from_its_merged_memory(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
+) -> None:
+    saved = await saved_machine(runtime, new_spec("m1"), tmp_path / "one")
+    machine = await runtime.restore(new_spec("m2"), saved)
+    (tmp_path / "two").mkdir()
+    resaved = await machine.save(tmp_path / "two", memory=True)
+    await machine.destroy()
+
+    last = await runtime.restore(new_spec("m3"), resaved)
+
+    assert await last.alive()
+    assert len(snapshots.read_manifest(tmp_path / "two").pieces) == 1
+    assert not (tmp_path / "two" / "memory.0").exists()
+    await last.destroy()
+
+
+async def test_clones_share_one_memory_file_and_run_at_once(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
+) -> None:
+    saved = await saved_machine(runtime, new_spec("m0"), tmp_path / "saved")
+    specs = [new_spec(f"c{number}") for number in range(6)]
+
+    machines = await asyncio.gather(*(runtime.restore(spec, saved) for spec in specs))
+
+    users = {status_of(machine.record()["pid"])["Uid"].split()[0] for machine in machines}
+    assert len(users) == 6
+    memory = (tmp_path / "saved" / "memory.0").stat().st_ino
+    assert {in_jail(spec, "memory").st_ino for spec in specs} == {memory}
+    await asyncio.gather(*(machine.destroy() for machine in machines))
+
+
+async def test_a_paused_machine_is_adopted_as_paused(runtime: FirecrackerRuntime, new_spec: NewSpec) -> None:
+    spec = new_spec()
+    machine = await runtime.start(spec)
+    await machine.pause()
+
+    adopted = await runtime.adopt(spec, machine.record())
+
+    assert adopted is not None
+    assert await adopted.alive()
+    await adopted.resume()
+    await adopted.destroy()
+    assert not await machine.alive()
+
+
+async def test_a_machine_that_is_gone_is_not_adopted_and_its_jail_goes(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, instance: str
+) -> None:
+    spec = new_spec()
+    machine = await runtime.start(spec)
+    os.kill(machine.record()["pid"], signal.SIGKILL)
+    async with asyncio.timeout(10):
+        await machine.wait()
+
+    assert await runtime.adopt(spec, machine.record()) is None
+
+    assert left_over(spec, instance) == []
+
+
+async def test_sweep_ends_what_nobody_keeps(runtime: FirecrackerRuntime, new_spec: NewSpec, instance: str) -> None:
+    kept, lost = new_spec("kept"), new_spec("lost")
+    keeping, losing = await runtime.start(kept), await runtime.start(lost)
+
+    removed = await runtime.sweep(frozenset({"kept"}))
+
+    assert any("lost" in line for line in removed)
+    assert not any("kept" in line for line in removed)
+    assert not await losing.alive()
+    assert await keeping.alive()
+    assert (lost.directory / "jail").exists() is False
+    await keeping.destroy()
+
+
+async def test_a_missing_layer_fails_with_a_sentence_and_leaves_nothing(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, instance: str, tmp_path: Path
+) -> None:
+    spec = replace(new_spec(), layers=(tmp_path / "gone.erofs",))
+
+    with pytest.raises(RuntimeFailure, match="gone.erofs"):
+        await runtime.start(spec)
+
+    assert left_over(spec, instance) == []
+
+
+async def test_a_missing_namespace_fails_with_the_jailers_words(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, instance: str
+) -> None:
+    spec = new_spec()
+    spec = replace(spec, slot=replace(spec.slot, netns="no-such-namespace"))
+
+    with pytest.raises(RuntimeFailure, match="no-such-namespace"):
+        await runtime.start(spec)
+
+    assert left_over(spec, instance) == []
+
+
+async def test_a_size_that_firecracker_refuses_fails_with_its_words(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, instance: str
+) -> None:
+    spec = new_spec(cpu_count=64)
+
+    with pytest.raises(RuntimeFailure, match="vCPU"):
+        await runtime.start(spec)
+
+    assert left_over(spec, instance) == []
+
+
+async def test_a_damaged_memory_is_refused(runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path) -> None:
+    saved = await saved_machine(runtime, new_spec("m1"), tmp_path / "saved")
+    memory = tmp_path / "saved" / "memory.0"
+    with memory.open("r+b") as handle:
+        handle.seek(1024 * 1024)
+        handle.write(b"damage")
+
+    with pytest.raises(SavedDamaged, match="memory.0"):
+        await runtime.restore(new_spec("m2"), saved)
+
+
+async def test_a_half_made_save_is_refused(runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path) -> None:
+    saved = await saved_machine(runtime, new_spec("m1"), tmp_path / "saved")
+    (tmp_path / "saved" / "manifest.json").unlink()
+
+    with pytest.raises(SavedDamaged, match="no manifest"):
+        await runtime.restore(new_spec("m2"), saved)
+
+
+async def test_another_size_than_was_saved_is_refused(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
+) -> None:
+    saved = await saved_machine(runtime, new_spec("m1", memory_mb=128), tmp_path / "saved")
+
+    with pytest.raises(RuntimeFailure, match="128 MiB"):
+        await runtime.restore(new_spec("m2", memory_mb=256), saved)
+
+
+async def test_a_disk_only_save_copies_the_disk(runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path) -> None:
+    spec = new_spec()
+    spec.upper.write_bytes(b"disk" * 4096)
+    machine = await runtime.start(spec)
+    (tmp_path / "saved").mkdir()
+
+    saved = await machine.save(tmp_path / "saved", memory=False)
+
+    assert saved.upper.read_bytes() == b"disk" * 4096
+    assert not saved.memory
+    await machine.destroy()
+
+
+async def test_stats_are_read_from_the_machine(runtime: FirecrackerRuntime, new_spec: NewSpec) -> None:
+    machine = await runtime.start(new_spec(memory_mb=128))
+
+    stats = await machine.stats()
+
+    assert 0 < stats.memory_used <= stats.memory_total == 128 * 1024 * 1024
+    assert stats.disk_total == 16 * 1024 * 1024
+    assert stats.oom_kills == 0
+    await machine.destroy()
+
+
+async def test_a_jailer_that_is_missing_is_said_at_once(runtime: FirecrackerRuntime, tmp_path: Path) -> None:
+    settings = replace(
+        runtime.settings, binaries=JailerSettings(tmp_path / "firecracker", tmp_path / "jailer", cgroup_parent="x")
+    )
+
+    with pytest.raises(RuntimeFailure, match="emberbox setup"):
+        await FirecrackerRuntime.open(settings)
