@@ -1,0 +1,91 @@
+package host
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+var (
+	hostnameForm  = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$`)
+	machineIDForm = regexp.MustCompile(`^[0-9a-f]{32}$`)
+)
+
+// ErrBadName says that a host name or machine id has not the form it must have.
+var ErrBadName = errors.New("bad name")
+
+// SetHostname names the machine, in the kernel, /etc/hostname and /etc/hosts
+// (without which sudo complains on every call).
+func SetHostname(name string) error {
+	if !hostnameForm.MatchString(name) {
+		return fmt.Errorf("%w: host name %q must be 1-63 letters, digits and inner hyphens", ErrBadName, name)
+	}
+	if now, err := os.Hostname(); err != nil || now != name {
+		if err := allowed(unix.Sethostname([]byte(name))); err != nil {
+			return fmt.Errorf("set host name: %w", err)
+		}
+	}
+	if err := writeIfChanged("/etc/hostname", []byte(name+"\n")); err != nil {
+		return err
+	}
+	return SetHost("127.0.1.1", name)
+}
+
+// SetMachineID writes /etc/machine-id (32 lower-case hex digits).
+func SetMachineID(id string) error {
+	if !machineIDForm.MatchString(id) {
+		return fmt.Errorf("%w: machine id must be 32 lower-case hex digits", ErrBadName)
+	}
+	return writeIfChanged("/etc/machine-id", []byte(id+"\n"))
+}
+
+const hostsMark = "# set by emberd"
+
+// SetHost makes name resolve to address in /etc/hosts: one marked line per
+// address, replaced when it changes.
+func SetHost(address, name string) error {
+	old, err := os.ReadFile("/etc/hosts")
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	var kept []string
+	for line := range strings.SplitSeq(strings.TrimRight(string(old), "\n"), "\n") {
+		f := strings.Fields(line)
+		if strings.HasSuffix(line, hostsMark) && len(f) > 1 && (f[0] == address || f[1] == name) {
+			continue
+		}
+		kept = append(kept, line)
+	}
+	kept = append(kept, address+"\t"+name+"\t"+hostsMark)
+	return writeIfChanged("/etc/hosts", []byte(strings.TrimLeft(strings.Join(kept, "\n"), "\n")+"\n"))
+}
+
+// WriteRunFile writes /run/e2b/<name>, where the clients' documentation tells
+// shells to look for the sandbox's identity.
+func WriteRunFile(name, value string) error {
+	const dir = "/run/e2b"
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return allowed(err)
+	}
+	return writeIfChanged(filepath.Join(dir, name), []byte(value))
+}
+
+// writeIfChanged writes in place: the file may be a bind mount, which cannot be
+// renamed over. A read-only file system is not an error.
+func writeIfChanged(path string, content []byte) error {
+	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, content) {
+		return nil
+	}
+	err := os.WriteFile(path, content, 0o644)
+	if errors.Is(err, unix.EROFS) {
+		return nil
+	}
+	return allowed(err)
+}

@@ -1,0 +1,237 @@
+package rest
+
+import (
+	"compress/gzip"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"mime/multipart"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"emberbox/agent/internal/asuser"
+	"emberbox/agent/internal/entry"
+	"emberbox/agent/internal/users"
+)
+
+// written is one uploaded file in the answer.
+type written struct {
+	Name     string            `json:"name"`
+	Type     string            `json:"type"`
+	Path     string            `json:"path"`
+	Metadata map[string]string `json:"metadata,omitempty"`
+}
+
+// upload writes one file (octet-stream) or several (multipart), each as the
+// user, with missing parents, replacing what was there.
+func (a *API) upload(w http.ResponseWriter, r *http.Request) {
+	if err := a.mayUse(r, "write"); err != nil {
+		failWith(w, err)
+		return
+	}
+	u, err := a.user(r.URL.Query().Get("username"))
+	if err != nil {
+		failWith(w, err)
+		return
+	}
+	metadata, err := entry.FromHeaders(r.Header)
+	if err != nil {
+		failWith(w, err)
+		return
+	}
+	body, size, err := bodyOf(r)
+	if err != nil {
+		failWith(w, err)
+		return
+	}
+	up := uploader{api: a, user: u, metadata: metadata, path: r.URL.Query().Get("path")}
+	kind, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	switch {
+	case err == nil && kind == "multipart/form-data":
+		err = up.multipart(body, params["boundary"])
+	case kind == "application/octet-stream":
+		err = up.raw(body, size)
+	default:
+		err = fail(http.StatusBadRequest, "content type '%s' is not supported: send multipart/form-data or application/octet-stream", r.Header.Get("Content-Type"))
+	}
+	if err != nil {
+		failWith(w, err)
+		return
+	}
+	reply(w, up.done)
+}
+
+// bodyOf returns the request's body, decompressed, and its size where known (-1 where not).
+func bodyOf(r *http.Request) (io.Reader, int64, error) {
+	switch enc := strings.ToLower(strings.TrimSpace(r.Header.Get("Content-Encoding"))); enc {
+	case "", "identity":
+		return r.Body, r.ContentLength, nil
+	case "gzip", "x-gzip":
+		zip, err := gzip.NewReader(r.Body)
+		if err != nil {
+			return nil, 0, fail(http.StatusBadRequest, "body is not valid gzip: %w", err)
+		}
+		return zip, -1, nil
+	default:
+		return nil, 0, fail(http.StatusBadRequest, "content encoding '%s' is not supported: send identity or gzip", enc)
+	}
+}
+
+type uploader struct {
+	api      *API
+	user     *users.User
+	metadata map[string]string
+	path     string // of the query; may be empty in multipart
+	done     []written
+}
+
+func (up *uploader) raw(body io.Reader, size int64) error {
+	if up.path == "" {
+		return fail(http.StatusBadRequest, "query parameter 'path' is required with application/octet-stream")
+	}
+	return up.write(up.path, body, size)
+}
+
+func (up *uploader) multipart(body io.Reader, boundary string) error {
+	if boundary == "" {
+		return fail(http.StatusBadRequest, "multipart body has no boundary")
+	}
+	parts := multipart.NewReader(body, boundary)
+	seen := map[string]bool{}
+	for {
+		part, err := parts.NextRawPart()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return fail(http.StatusBadRequest, "malformed multipart body: %w", err)
+		}
+		if part.FormName() != "file" {
+			continue
+		}
+		path := up.path
+		if path == "" {
+			// Part.FileName keeps the base name only; here the name is the path.
+			_, params, err := mime.ParseMediaType(part.Header.Get("Content-Disposition"))
+			if err != nil || params["filename"] == "" {
+				return fail(http.StatusBadRequest, "multipart part 'file' has no filename and there is no query parameter 'path'")
+			}
+			path = params["filename"]
+		}
+		if seen[path] {
+			return fail(http.StatusBadRequest, "two files of one upload have the path '%s'", path)
+		}
+		seen[path] = true
+		if err := up.write(path, part, -1); err != nil {
+			return err
+		}
+	}
+	if len(up.done) == 0 {
+		return fail(http.StatusBadRequest, "multipart body has no part named 'file'")
+	}
+	return nil
+}
+
+// buffers are big because each read and write is a system call; few are in use at once.
+var buffers = sync.Pool{New: func() any { b := make([]byte, 512<<10); return &b }}
+
+func (up *uploader) write(given string, body io.Reader, size int64) error {
+	path, err := up.api.path(up.user, given)
+	if err != nil {
+		return err
+	}
+	file, err := asuser.Get(up.user, func() (*os.File, error) { return openToWrite(path, size) })
+	if err != nil {
+		return err
+	}
+	buf := buffers.Get().(*[]byte)
+	n, err := io.CopyBuffer(struct{ io.Writer }{file}, struct{ io.Reader }{body}, *buf)
+	buffers.Put(buf)
+	if err != nil {
+		_ = file.Close()
+		return uploadError(path, err)
+	}
+	err = asuser.Do(up.user, func() error { return entry.SetMetadata(int(file.Fd()), up.metadata) })
+	if closeErr := file.Close(); err == nil {
+		err = closeErr
+	}
+	if err != nil {
+		if len(up.metadata) == 0 && errors.Is(err, unix.EPERM) {
+			err = nil // writable but someone else's: its xattrs stay
+		} else {
+			return uploadError(path, err)
+		}
+	}
+	up.api.Log.Debug("files", "written", "path", path, "user", up.user.Name, "bytes", fmt.Sprint(n))
+	up.done = append(up.done, written{filepath.Base(path), "file", path, up.metadata})
+	return nil
+}
+
+func uploadError(path string, err error) error {
+	var pathErr *os.PathError
+	switch {
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		return err
+	case errors.Is(err, unix.ENOTSUP):
+		return fail(http.StatusBadRequest, "the file system of '%s' cannot store metadata", path)
+	case errors.As(err, &pathErr):
+		return fmt.Errorf("error writing file '%s': %w", path, pathErr.Err)
+	case errors.Is(err, gzip.ErrHeader), errors.Is(err, gzip.ErrChecksum), errors.Is(err, io.ErrUnexpectedEOF):
+		return fail(http.StatusBadRequest, "body of '%s' ended early or is damaged: %w", path, err)
+	}
+	return fail(http.StatusBadRequest, "error reading the body of '%s': %w", path, err)
+}
+
+// openToWrite opens path for a whole new content; call it as the user. The
+// file is written in place: hard links, mode and open readers keep their
+// meaning. A size known ahead that cannot fit is refused before the old
+// content goes.
+func openToWrite(path string, size int64) (*os.File, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("error creating directories of '%s': %w", path, err)
+	}
+	fd, err := openSafely(path, unix.O_WRONLY|unix.O_CREAT|unix.O_NONBLOCK, 0o666)
+	switch {
+	case errors.Is(err, unix.EISDIR):
+		return nil, fail(http.StatusBadRequest, "path '%s' is a directory", path)
+	case errors.Is(err, unix.ENXIO):
+		return nil, fail(http.StatusBadRequest, "path '%s' is not a regular file", path)
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		return nil, err
+	case err != nil:
+		return nil, fmt.Errorf("error opening file '%s': %w", path, err)
+	}
+	err = onlyRegular(fd, path)
+	if err == nil {
+		err = fits(fd, size)
+	}
+	if err == nil {
+		err = unix.Ftruncate(fd, 0)
+	}
+	if err != nil {
+		_ = unix.Close(fd)
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+func fits(fd int, size int64) error {
+	if size <= 0 {
+		return nil
+	}
+	var fs unix.Statfs_t
+	var st unix.Stat_t
+	if unix.Fstatfs(fd, &fs) != nil || unix.Fstat(fd, &st) != nil || fs.Blocks == 0 {
+		return nil // cannot tell: the write will
+	}
+	if free := int64(fs.Bavail)*fs.Bsize + st.Blocks*512; size > free {
+		return unix.ENOSPC
+	}
+	return nil
+}
