@@ -1,0 +1,47 @@
+"""How the command line shows things: colours and tables on a terminal, plain text in a pipe, JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+out = Console(highlight=False, soft_wrap=True)
+"""Results. Standard output."""
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+"""Everything that is not the result: progress, notes, errors. Standard error."""
+
+
+def print_json(value: Any) -> None:
+    """Print `value` as indented JSON, unstyled."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print rows under a header; without a terminal, as tab-separated lines without styles."""
+    if not out.is_terminal:
+        print("\t".join(columns))
+        for row in rows:
+            print("\t".join(row))
+        return
+    grid = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        grid.add_column(column, overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    out.print(grid)
+
+
+def note(message: str) -> None:
+    """Tell something on standard error."""
+    err.print(message, style="dim", markup=False)
+
+
+def warn(message: str) -> None:
+    """Tell something that the user should look at, on standard error."""
+    err.print(f"warning: {message}", style="yellow", markup=False)

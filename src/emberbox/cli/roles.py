@@ -1,0 +1,90 @@
+"""The three roles: how each is started, where it writes its log, and how it shows that it is ready."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import ProxyHandler, build_opener
+
+from emberbox.cli import launch, node_client
+from emberbox.cli.state import as_environment
+from emberbox.settings import Settings
+
+ROLE_NAMES = ("node", "edge", "api")
+"""In the order of starting; they stop in the reverse order."""
+
+_direct = build_opener(ProxyHandler({}))
+
+
+@dataclass(frozen=True)
+class Role:
+    name: str
+    argv: list[str]
+    environment: dict[str, str]
+    log: Path
+    ready: Callable[[], bool]
+    """Asks the role itself, waiting two seconds at most. Blocking."""
+
+
+def role(name: str, settings: Settings) -> Role:
+    """How to start one role of this instance. `emberbox up` and `emberbox api|edge|node` share it."""
+    program = [sys.executable, "-P", "-m", "emberbox", name]
+    environment = {**os.environ, **as_environment(settings)}
+    if name == "node":
+        argv = program
+    else:
+        own = settings.api_dir if name == "api" else settings.edge_dir
+        certificates = [p for p in (settings.tls_cert, settings.tls_key) if p is not None] if name == "edge" else []
+        ports = [settings.api_port] if name == "api" else [settings.edge_port, settings.edge_tls_port]
+        argv = launch.command(
+            settings.api_user,
+            program,
+            writable=[own, settings.run_dir],
+            readable=certificates,
+            low_ports=any(port < 1024 for port in ports),
+        )
+        environment = launch.environment(environment)
+    return Role(
+        name=name,
+        argv=argv,
+        environment=environment,
+        log=log_path(settings, name),
+        ready=lambda: READY[name](settings),
+    )
+
+
+def log_path(settings: Settings, name: str) -> Path:
+    return settings.data_dir / "logs" / f"{name}.log"
+
+
+def api_answers(settings: Settings) -> bool:
+    try:
+        with _direct.open(f"http://{_local(settings.api_host)}:{settings.api_port}/health", timeout=2) as answer:
+            return bool(answer.status < 400)
+    except (URLError, OSError):
+        return False
+
+
+def edge_answers(settings: Settings) -> bool:
+    try:
+        with socket.create_connection((_local(settings.edge_host), settings.edge_port), timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+def node_answers(settings: Settings) -> bool:
+    return node_client.describe(settings, timeout=2)
+
+
+READY: dict[str, Callable[[Settings], bool]] = {"api": api_answers, "edge": edge_answers, "node": node_answers}
+
+
+def _local(host: str) -> str:
+    """An address of this host on which a server bound to `host` answers."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)

@@ -1,0 +1,192 @@
+"""`emberbox up`: checks the host, prepares the data directory, starts the roles, makes the first key and `base`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
+import structlog
+
+from emberbox import __version__
+from emberbox.cli import first_run, requirements
+from emberbox.cli.errors import CliError
+from emberbox.cli.exports import print_exports
+from emberbox.cli.follow import follow_logs
+from emberbox.cli.layout import ensure_account, make_layout
+from emberbox.cli.processes import ProcessRef
+from emberbox.cli.reporters import ConsoleReporter, PipeReporter, Reporter, relay
+from emberbox.cli.roles import ROLE_NAMES, log_path, role
+from emberbox.cli.state import Phase, RoleProcess, State, StateDir, as_environment
+from emberbox.cli.stopping import END_SANDBOXES, end_sandboxes
+from emberbox.cli.supervisor import Supervisor
+from emberbox.logs import configure_logging
+from emberbox.settings import Settings
+
+log = structlog.get_logger()
+
+START_SECONDS = 60.0
+LEFT_BEHIND_GRACE = 15.0
+
+
+def up(settings: Settings, reporter: Reporter, *, show_logs: bool) -> None:
+    """Run Emberbox until SIGTERM or SIGINT. Sandboxes go on running after that.
+
+    Raises:
+        AlreadyRunning: another supervisor holds the data directory.
+        CliError: something needed is missing, or a role does not start.
+    """
+    requirements.require_root()
+    settings = settings.model_copy(update={"agent_path": requirements.agent_path(settings)})
+    state_dir = StateDir(settings)
+    account = ensure_account(settings)
+    make_layout(settings, account)
+    with state_dir.lock():
+        _stop_left_behind(state_dir, reporter)
+        requirements.require(settings)
+        asyncio.run(_Instance(settings, state_dir, reporter).run(show_logs=show_logs))
+
+
+class _Instance:
+    """One run of one instance, from start to stop."""
+
+    def __init__(self, settings: Settings, state_dir: StateDir, reporter: Reporter) -> None:
+        self._settings = settings
+        self._state_dir = state_dir
+        self._reporter = reporter
+        self._me = ProcessRef.of(os.getpid())
+        self._phase: Phase = "starting"
+        self._processes: list[RoleProcess] = []
+        self._stop_asked = asyncio.Event()
+        self._end_sandboxes = False
+
+    async def run(self, *, show_logs: bool) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop_asked.set)
+        loop.add_signal_handler(END_SANDBOXES, self._stop_with_sandboxes)
+        self._write()
+        supervisor = Supervisor([role(name, self._settings) for name in ROLE_NAMES], changed=self._roles_changed)
+        starting = asyncio.create_task(self._start(supervisor))
+        stop = asyncio.create_task(self._stop_asked.wait())
+        try:
+            await asyncio.wait({starting, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                await self._serve(stop, show_logs=show_logs)
+        finally:
+            stop.cancel()
+            starting.cancel()
+            with suppress(asyncio.CancelledError, CliError):
+                await starting
+            self._set_phase("stopping")
+            await supervisor.stop_role("api")
+            if self._end_sandboxes:
+                await asyncio.to_thread(end_sandboxes, self._settings)
+            await supervisor.stop()
+            self._state_dir.clear()
+
+    async def _start(self, supervisor: Supervisor) -> None:
+        self._reporter.step(f"starting Emberbox {__version__} on {self._settings.data_dir}")
+        key = await asyncio.to_thread(first_run.ensure_key, self._settings, self._state_dir)
+        await supervisor.start(deadline=START_SECONDS * self._settings.time_scale)
+        await first_run.ensure_base(self._settings, key, self._reporter)
+        self._set_phase("ready")
+        log.info("emberbox.ready", data_dir=str(self._settings.data_dir))
+        self._reporter.ready()
+
+    async def _serve(self, stop: asyncio.Task[bool], *, show_logs: bool) -> None:
+        following = None
+        if show_logs:
+            following = asyncio.create_task(follow_logs([log_path(self._settings, name) for name in ROLE_NAMES]))
+        try:
+            await stop
+        finally:
+            if following is not None:
+                following.cancel()
+                with suppress(asyncio.CancelledError):
+                    await following
+
+    def _stop_with_sandboxes(self) -> None:
+        self._end_sandboxes = True
+        self._stop_asked.set()
+
+    def _roles_changed(self, processes: list[RoleProcess]) -> None:
+        self._processes = processes
+        self._write()
+
+    def _set_phase(self, phase: Phase) -> None:
+        self._phase = phase
+        self._write()
+
+    def _write(self) -> None:
+        self._state_dir.write(
+            State(__version__, self._phase, self._me, self._settings.model_dump(mode="json"), self._processes)
+        )
+
+
+def _stop_left_behind(state_dir: StateDir, reporter: Reporter) -> None:
+    """End the roles of a supervisor that was killed; their machines go on, and the new node adopts them."""
+    state = state_dir.read()
+    if state is None:
+        return
+    left = [one for one in reversed(state.processes) if one.process.alive]
+    if left:
+        names = ", ".join(f"{one.name} (pid {one.process.pid})" for one in left)
+        reporter.step(f"the last supervisor ended without stopping {names}; stopping them now")
+    for one in left:
+        one.process.stop(grace=LEFT_BEHIND_GRACE)
+    state_dir.clear()
+
+
+# ---- the two ways to call it
+
+
+def up_in_foreground(settings: Settings, *, report_to: int | None) -> None:
+    """Serve in this process. With `report_to`, a descriptor, this is the background process of `up --detach`."""
+    configure_logging("supervisor", settings)
+    reporter: Reporter
+    if report_to is None:
+        reporter = ConsoleReporter(on_ready=lambda: print_exports(settings))
+    else:
+        reporter = PipeReporter(report_to)
+    try:
+        up(settings, reporter, show_logs=report_to is None)
+    except CliError as error:
+        reporter.failed(error)
+        raise
+    if report_to is None:
+        reporter.step("Emberbox has stopped; its sandboxes go on, and the next `emberbox up` finds them again")
+
+
+def up_in_background(settings: Settings) -> None:
+    """Start a background process that serves, and wait until it is ready.
+
+    Raises:
+        CliError: it could not start.
+    """
+    requirements.require_root()
+    logs = settings.data_dir / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        output = (logs / "supervisor.log").open("ab")
+    except OSError as error:
+        raise CliError(f"the data directory {settings.data_dir} cannot be used: {error}") from None
+    reading, writing = os.pipe()
+    with output, os.fdopen(reading) as lines:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "emberbox", "up", "--report-to", str(writing)],
+            env={**os.environ, **as_environment(settings)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=[writing],
+            start_new_session=True,
+        )
+        os.close(writing)
+        if not relay(lines, ConsoleReporter(on_ready=lambda: print_exports(settings))):
+            code = process.wait()
+            raise CliError(f"Emberbox ended while starting (code {code}); see {logs / 'supervisor.log'}")
