@@ -1,0 +1,308 @@
+"""The node's client of emberd, the agent inside a machine.
+
+A lean HTTP/1.1 client: one connection a request, because making one over the slot's own link costs less than keeping
+a thousand idle. Here live the control routes (`/health`, `/init`, `/logs`, `/fsfreeze`) and the two uses of the process
+service that a node has: starting a template's command and asking its ready command.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from ipaddress import IPv4Address
+from typing import Any
+from urllib.parse import urlencode
+
+import httptools
+
+from emberbox.node.errors import AgentFailure
+
+AGENT_PORT = 49983
+CONTROL_HEADER = "X-Ember-Control"
+
+_CONNECT_SECONDS = 0.1
+"""For one attempt while waiting for the agent: the kernel repeats a SYN that was dropped after a whole second."""
+_FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.001, 0.02
+_READ_BYTES = 64 * 1024
+_END_OF_STREAM = 0x02
+
+
+@dataclass(frozen=True, slots=True)
+class AgentLog:
+    """One entry of the agent's own log. `seq` grows by one; times in Unix milliseconds."""
+
+    seq: int
+    timestamp_ms: int
+    level: str
+    message: str
+    fields: dict[str, str]
+
+
+@dataclass(slots=True)
+class _Response:
+    status: int
+    body: bytes
+
+
+class Agent:
+    """The agent of one machine.
+
+    Every method raises `AgentFailure` when the agent does not answer in time or refuses.
+    """
+
+    def __init__(
+        self, address: IPv4Address, secret: str, *, label: str = "", time_scale: float = 1.0, port: int = AGENT_PORT
+    ) -> None:
+        self.label = label
+        """The machine's ID."""
+        self._address = str(address)
+        self._secret = secret
+        self._scale = time_scale
+        self._port = port
+
+    async def wait_healthy(self, timeout: float) -> None:
+        """Return as soon as the agent answers; polls tightly at first, for a machine takes some ten milliseconds."""
+        pause = _FIRST_POLL_SECONDS
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    with suppress(OSError, TimeoutError, AgentFailure, httptools.HttpParserError):
+                        answer = await self._exchange("GET", "/health", connect_timeout=_CONNECT_SECONDS * self._scale)
+                        if answer.status == 204:
+                            return
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 1.3, _LAST_POLL_SECONDS)
+        except TimeoutError:
+            raise AgentFailure(f"the agent did not answer within {timeout:g} s") from None
+
+    async def init(self, body: dict[str, Any]) -> None:
+        """Hand over what the machine is: environment, token, user, name, time."""
+        await self._control("POST", "/init", body=json.dumps(body).encode(), expect=(200, 204))
+
+    async def freeze_files(self) -> None:
+        """Flush the guest's file systems to the disk and hold writes until the machine ends or `thaw_files`."""
+        await self._control("POST", "/fsfreeze", expect=(204,))
+
+    async def thaw_files(self) -> None:
+        """Undo `freeze_files`."""
+        await self._control("POST", "/fsthaw", expect=(204,))
+
+    async def logs(self, after: int, limit: int) -> list[AgentLog]:
+        """Return up to `limit` log entries whose `seq` is greater than `after`, oldest first."""
+        answer = await self._control("GET", f"/logs?{urlencode({'cursor': after, 'limit': limit})}", expect=(200,))
+        try:
+            found = json.loads(answer.body)
+            entries = found["entries"] if isinstance(found, dict) else found
+            return [_log_entry(entry) for entry in entries or ()]
+        except (ValueError, KeyError, TypeError) as error:
+            raise AgentFailure(f"the agent's log could not be read: {error}") from error
+
+    async def start_command(self, command: str, *, user: str, workdir: str, token: str, tag: str) -> None:
+        """Start a shell command that goes on after this call, as a login shell of `user`."""
+        async with asyncio.timeout(10 * self._scale):
+            async for event in self._start(command, user=user, workdir=workdir, token=token, tag=tag):
+                if "start" in event:
+                    return
+        raise AgentFailure(f"the agent did not start the command {command!r}")
+
+    async def run_command(self, command: str, *, user: str, workdir: str, token: str, timeout: float) -> int:
+        """Run a shell command to its end and return its exit code; the agent kills it after `timeout` seconds."""
+        limit = {"Connect-Timeout-Ms": str(max(1, int(timeout * 1000)))}
+        try:
+            async with asyncio.timeout(timeout + 2 * self._scale):
+                async for event in self._start(command, user=user, workdir=workdir, token=token, headers=limit):
+                    if "end" in event:
+                        end = event["end"]
+                        return int(end.get("exitCode", 0)) if end.get("exited", True) else -1
+        except TimeoutError:
+            return -1
+        raise AgentFailure(f"the agent did not tell how the command {command!r} ended")
+
+    # ---- HTTP
+
+    async def _control(
+        self, method: str, target: str, *, body: bytes | None = None, expect: tuple[int, ...]
+    ) -> _Response:
+        route = target.partition("?")[0]
+        try:
+            async with asyncio.timeout(5 * self._scale):
+                answer = await self._exchange(
+                    method,
+                    target,
+                    body=body,
+                    headers={CONTROL_HEADER: self._secret, "Content-Type": "application/json"},
+                )
+        except TimeoutError:
+            raise AgentFailure(f"the agent did not answer {route} in time") from None
+        except (OSError, httptools.HttpParserError) as error:
+            raise AgentFailure(f"the agent's {route} failed: {error}") from error
+        if answer.status not in expect:
+            said = answer.body.decode(errors="replace").strip()[:300]
+            raise AgentFailure(f"the agent answered {answer.status} to {route}" + (f": {said}" if said else ""))
+        return answer
+
+    async def _exchange(
+        self,
+        method: str,
+        target: str,
+        *,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        connect_timeout: float | None = None,
+    ) -> _Response:
+        collected = bytearray()
+        reader = _Reader()
+        connection = await self._connect(connect_timeout)
+        try:
+            await self._send(connection, method, target, body, headers or {})
+            async for part in self._parts(connection, reader):
+                collected += part
+        finally:
+            connection.close()
+        return _Response(reader.status, bytes(collected))
+
+    async def _start(
+        self,
+        command: str,
+        *,
+        user: str,
+        workdir: str,
+        token: str,
+        tag: str = "",
+        headers: dict[str, str] | None = None,
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Call process.Process/Start (Connect protocol, JSON) and yield its events."""
+        request: dict[str, Any] = {
+            "process": {"cmd": "/bin/bash", "args": ["-l", "-c", command], "envs": {}},
+            "stdin": False,
+        }
+        if workdir:
+            request["process"]["cwd"] = workdir
+        if tag:
+            request["tag"] = tag
+        message = json.dumps(request).encode()
+        sent = {
+            "Content-Type": "application/connect+json",
+            "Connect-Protocol-Version": "1",
+            "Authorization": "Basic " + base64.b64encode(f"{user}:".encode()).decode(),
+            CONTROL_HEADER: self._secret,
+            **({"X-Access-Token": token} if token else {}),
+            **(headers or {}),
+        }
+        reader = _Reader()
+        try:
+            connection = await self._connect(2 * self._scale)
+        except (OSError, TimeoutError) as error:
+            raise AgentFailure(f"the agent does not answer: {error or 'no connection'}") from error
+        try:
+            envelope = struct.pack(">BI", 0, len(message)) + message
+            await self._send(connection, "POST", "/process.Process/Start", envelope, sent)
+            buffer = bytearray()
+            async for part in self._parts(connection, reader):
+                buffer += part
+                if reader.status != 200:
+                    continue
+                while len(buffer) >= 5:
+                    flags, length = struct.unpack_from(">BI", buffer)
+                    if len(buffer) < 5 + length:
+                        break
+                    event = json.loads(buffer[5 : 5 + length] or b"{}")
+                    del buffer[: 5 + length]
+                    if flags & _END_OF_STREAM:
+                        if "error" in event:
+                            raise AgentFailure(f"the agent could not run {command!r}: {event['error'].get('message')}")
+                    else:
+                        yield event.get("event", {})
+            if reader.status != 200:
+                said = buffer.decode(errors="replace")[:300]
+                raise AgentFailure(f"the agent answered {reader.status} to a command: {said}")
+        except (OSError, httptools.HttpParserError, ValueError) as error:
+            raise AgentFailure(f"the agent broke off a command: {error}") from error
+        finally:
+            connection.close()
+
+    async def _connect(self, timeout: float | None) -> socket.socket:
+        connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            async with asyncio.timeout(timeout):
+                await asyncio.get_running_loop().sock_connect(connection, (self._address, self._port))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    async def _send(
+        self, connection: socket.socket, method: str, target: str, body: bytes | None, headers: dict[str, str]
+    ) -> None:
+        lines = [f"{method} {target} HTTP/1.1", f"Host: {self._address}:{self._port}", "Connection: close"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        if body is not None or method == "POST":
+            lines.append(f"Content-Length: {len(body or b'')}")
+        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        await asyncio.get_running_loop().sock_sendall(connection, head + (body or b""))
+
+    async def _parts(self, connection: socket.socket, reader: _Reader) -> AsyncIterator[bytes]:
+        loop = asyncio.get_running_loop()
+        parser = httptools.HttpResponseParser(reader)
+        reader.parser = parser
+        while not reader.complete:
+            data = await loop.sock_recv(connection, _READ_BYTES)
+            if not data:
+                if reader.status and reader.ends_with_connection:
+                    break
+                raise ConnectionResetError("the connection was closed before the whole answer arrived")
+            parser.feed_data(data)
+            if reader.parts:
+                yield b"".join(reader.parts)
+                reader.parts.clear()
+
+
+class _Reader:
+    """Callbacks of the HTTP parser."""
+
+    def __init__(self) -> None:
+        self.parser: Any = None
+        self.status = 0
+        self.parts: list[bytes] = []
+        self.complete = False
+        self.ends_with_connection = True
+
+    def on_header(self, name: bytes, _value: bytes) -> None:
+        if name.lower() in (b"content-length", b"transfer-encoding"):
+            self.ends_with_connection = False
+
+    def on_headers_complete(self) -> None:
+        self.status = self.parser.get_status_code()
+
+    def on_body(self, part: bytes) -> None:
+        self.parts.append(part)
+
+    def on_message_complete(self) -> None:
+        self.complete = True
+
+
+def _log_entry(entry: dict[str, Any]) -> AgentLog:
+    fields = entry.get("fields") or {}
+    if logger := entry.get("logger"):
+        fields = {"logger": logger, **fields}
+    return AgentLog(
+        seq=int(entry["seq"]),
+        timestamp_ms=_milliseconds(entry["timestamp"]),
+        level=str(entry.get("level", "info")),
+        message=str(entry.get("message", "")),
+        fields={str(key): value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()},
+    )
+
+
+def _milliseconds(value: Any) -> int:
+    if isinstance(value, (int, float)):
+        return int(value)
+    return int(datetime.fromisoformat(str(value)).timestamp() * 1000)

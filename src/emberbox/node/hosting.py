@@ -1,0 +1,262 @@
+"""Bringing one machine up and taking it down, with everything it needs: slot, disks, runtime, agent.
+
+Here is no sandbox: a hosted machine may be claimed by one (`machines.py`), wait in the pool (`pool.py`) or be a step
+of a build. Whatever a start made is undone, last made first, when it fails or is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from emberbox.node.agent import Agent
+from emberbox.node.errors import AgentFailure, NodeError, WrongState
+from emberbox.node.model import OPEN_NETWORK, Image, Network
+from emberbox.node.tasks import finish
+from emberbox.runtime.base import Limits, Machine, MachineSpec, Runtime, Saved, Slot
+from emberbox.runtime.errors import RuntimeFailure
+
+log = structlog.get_logger("emberbox.node")
+
+_START_SECONDS = 30.0
+_DESTROY_SECONDS = 30.0
+_READY_SECONDS = 120.0
+_READY_FIRST_POLL, _READY_LAST_POLL = 0.02, 0.5
+
+
+class SlotSource(Protocol):
+    """What the node needs of `slots.Slots`."""
+
+    async def take(self) -> Slot: ...
+    async def give_back(self, slot: Slot) -> None: ...
+    async def adopt(self, index: int) -> Slot: ...
+    async def apply(self, slot: Slot, policy: Network) -> None: ...
+
+
+class DiskSource(Protocol):
+    """What the node needs of `disks.Disks`."""
+
+    def layer(self, digest: str) -> Path: ...
+    async def new_upper(self, path: Path, size_mb: int) -> None: ...
+    async def clone(self, source: Path, target: Path) -> None: ...
+    async def used_bytes(self, path: Path) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Hosted:
+    """A machine together with what the node owns for it."""
+
+    machine: Machine
+    spec: MachineSpec
+    secret: str
+    agent: Agent
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a machine starts from.
+
+    `upper` alone: that disk as it is, used in place and never removed by a failed start. `saved`: what `Machine.save`
+    wrote, cloned first unless `upper` is given too. Neither: a blank disk.
+    """
+
+    layers: tuple[str, ...]
+    saved: Saved | None = None
+    saved_secret: str = ""
+    upper: Path | None = None
+
+
+class Hosting:
+    """Starts and ends machines in `directory` (`machines/` and `uppers/` below it)."""
+
+    def __init__(
+        self, runtime: Runtime, slots: SlotSource, disks: DiskSource, directory: Path, *, time_scale: float = 1.0
+    ) -> None:
+        self.runtime = runtime
+        self.slots = slots
+        self.disks = disks
+        self.machines_dir = directory / "machines"
+        self.uppers_dir = directory / "uppers"
+        self.time_scale = time_scale
+        self.starting: set[str] = set()
+        """IDs of machines that are being started; a sweep spares them."""
+        self._stuck: dict[str, tuple[Hosted, bool]] = {}
+
+    def create_directories(self) -> None:
+        for directory in (self.machines_dir, self.uppers_dir):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    async def start(self, origin: Origin, limits: Limits, *, hostname: str, network: Network = OPEN_NETWORK) -> Hosted:
+        """Start a machine and return when its agent answers.
+
+        Raises:
+            NodeFull, DiskFull, LayerMissing: see there.
+            AgentFailure: the machine ended or its agent did not answer in time.
+            RuntimeFailure: the runtime could not start it.
+        """
+        machine_id = f"m{secrets.token_hex(8)}"
+        undo = contextlib.AsyncExitStack()
+        self.starting.add(machine_id)
+        try:
+            return await self._start(machine_id, origin, limits, hostname, network, undo)
+        except BaseException as error:
+            log.info("machine.start_undone", machine_id=machine_id, error=str(error) or type(error).__name__)
+            await finish(undo.aclose())
+            raise
+        finally:
+            self.starting.discard(machine_id)
+
+    async def _start(
+        self,
+        machine_id: str,
+        origin: Origin,
+        limits: Limits,
+        hostname: str,
+        network: Network,
+        undo: contextlib.AsyncExitStack,
+    ) -> Hosted:
+        layers = tuple(self.disks.layer(digest) for digest in origin.layers)
+        slot = await finish(self._take_slot(undo))
+        if network != OPEN_NETWORK:
+            await self.slots.apply(slot, network)
+        directory = self.machines_dir / machine_id
+        undo.push_async_callback(_remove_tree, directory)
+        await asyncio.to_thread(directory.mkdir, mode=0o700)
+        upper = origin.upper
+        if upper is None:
+            upper = self.uppers_dir / f"{machine_id}.ext4"
+            undo.push_async_callback(_remove_file, upper)
+            if origin.saved is not None:
+                await self.disks.clone(origin.saved.upper, upper)
+            else:
+                await self.disks.new_upper(upper, limits.disk_size_mb)
+        secret = origin.saved_secret or secrets.token_hex(32)
+        spec = MachineSpec(
+            machine_id=machine_id,
+            directory=directory,
+            layers=layers,
+            upper=upper,
+            slot=slot,
+            limits=limits,
+            hostname=hostname,
+            control_hash=hashlib.sha256(secret.encode()).hexdigest(),
+            dns_servers=(slot.host_address,),
+        )
+        limit = _START_SECONDS * self.time_scale
+        try:
+            async with asyncio.timeout(limit):
+                if origin.saved is not None:
+                    machine = await self.runtime.restore(spec, origin.saved)
+                else:
+                    machine = await self.runtime.start(spec)
+        except TimeoutError:
+            raise RuntimeFailure(f"the machine did not start within {limit:g} s") from None
+        undo.push_async_callback(machine.destroy)
+        hosted = Hosted(machine, spec, secret, self.agent(machine, machine_id, secret))
+        await self._until_healthy(hosted)
+        undo.pop_all()
+        return hosted
+
+    async def _take_slot(self, undo: contextlib.AsyncExitStack) -> Slot:
+        slot = await self.slots.take()
+        undo.push_async_callback(self.slots.give_back, slot)
+        return slot
+
+    def agent(self, machine: Machine, machine_id: str, secret: str) -> Agent:
+        """The client of a machine's agent."""
+        return Agent(machine.address, secret, label=machine_id, time_scale=self.time_scale)
+
+    async def _until_healthy(self, hosted: Hosted) -> None:
+        ended = asyncio.ensure_future(hosted.machine.wait())
+        healthy = asyncio.ensure_future(hosted.agent.wait_healthy(_START_SECONDS * self.time_scale))
+        try:
+            await asyncio.wait((ended, healthy), return_when=asyncio.FIRST_COMPLETED)
+            if ended.done() and not healthy.done():
+                raise AgentFailure(f"the machine ended while it started: {ended.result()}")
+            await healthy
+        finally:
+            for task in (ended, healthy):
+                task.cancel()
+            await asyncio.gather(ended, healthy, return_exceptions=True)
+
+    async def run_template_commands(self, hosted: Hosted, image: Image, token: str = "") -> None:
+        """Run the template's start command and return when its ready command succeeds.
+
+        Raises:
+            AgentFailure: a command could not be run, or ready did not come within two minutes.
+        """
+        user, workdir = image.default_user or "user", image.default_workdir
+        if image.start_command:
+            await hosted.agent.start_command(image.start_command, user=user, workdir=workdir, token=token, tag="start")
+        if not image.ready_command:
+            return
+        limit = _READY_SECONDS * self.time_scale
+        pause = _READY_FIRST_POLL
+        try:
+            async with asyncio.timeout(limit):
+                while await hosted.agent.run_command(
+                    image.ready_command, user=user, workdir=workdir, token=token, timeout=limit
+                ):
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 1.5, _READY_LAST_POLL)
+        except TimeoutError:
+            raise AgentFailure(
+                f"the template's ready command did not succeed within {limit:g} s: {image.ready_command!r}"
+            ) from None
+
+    async def end(self, hosted: Hosted, *, keep_upper: bool = False) -> bool:
+        """Take a machine down: processes, slot, directory and, unless `keep_upper`, its disk.
+
+        Returns False when the runtime could not end it; `retry_stuck` tries again.
+        """
+        return await finish(self._end(hosted, keep_upper))
+
+    async def _end(self, hosted: Hosted, keep_upper: bool) -> bool:
+        machine_id = hosted.spec.machine_id
+        try:
+            async with asyncio.timeout(_DESTROY_SECONDS * self.time_scale):
+                await hosted.machine.destroy()
+        except (RuntimeFailure, OSError, TimeoutError) as error:
+            log.error("machine.destroy_failed", machine_id=machine_id, error=str(error) or type(error).__name__)
+            self._stuck[machine_id] = (hosted, keep_upper)
+            return False
+        self._stuck.pop(machine_id, None)
+        try:
+            await self.slots.give_back(hosted.spec.slot)
+        except NodeError as error:
+            log.error("slot.give_back_failed", slot=hosted.spec.slot.index, error=str(error))
+        await _remove_tree(hosted.spec.directory)
+        if not keep_upper:
+            await _remove_file(hosted.spec.upper)
+        return True
+
+    async def retry_stuck(self) -> None:
+        """Try again to end the machines that could not be ended."""
+        for hosted, keep_upper in list(self._stuck.values()):
+            await self.end(hosted, keep_upper=keep_upper)
+
+    @property
+    def stuck(self) -> frozenset[str]:
+        """IDs of machines that could not be ended yet."""
+        return frozenset(self._stuck)
+
+    def check_unused(self, upper: Path) -> None:
+        """Raise `WrongState` while a machine that could not be ended still has this disk."""
+        if any(hosted.spec.upper == upper for hosted, _ in self._stuck.values()):
+            raise WrongState("the sandbox's last machine is still being ended; try again in a minute")
+
+
+async def _remove_tree(path: Path) -> None:
+    await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+
+
+async def _remove_file(path: Path) -> None:
+    await asyncio.to_thread(path.unlink, missing_ok=True)

@@ -1,0 +1,668 @@
+"""The life of sandboxes on this node: create, pause, resume, kill, deadlines, and machines that die.
+
+The states and what moves between them:
+
+    (none)   create        -> running
+    running  pause         -> paused    memory kept (frozen, or saved to the disk) or files only
+    running  deadline      -> paused | ended (timed out), as `on_timeout` says
+    running  machine died  -> ended (died)
+    paused   resume        -> running
+    paused   frozen machine died -> paused, files only
+    any      kill          -> (none)
+    ended    acknowledge   -> (none)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import shutil
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import structlog
+
+from emberbox.node import identity
+from emberbox.node.deadlines import Deadlines
+from emberbox.node.errors import AgentFailure, AlreadyHere, BadValue, NodeError, NodeFull, NoSuchSandbox, WrongState
+from emberbox.node.events import Events
+from emberbox.node.hosting import Hosted, Hosting
+from emberbox.node.logs import SandboxLogs
+from emberbox.node.model import (
+    OPEN_NETWORK,
+    EndReason,
+    Image,
+    Network,
+    NewSandbox,
+    State,
+    Status,
+    TimeoutAction,
+    now_ms,
+)
+from emberbox.node.pool import Pool
+from emberbox.node.preparing import Preparing
+from emberbox.node.records import MachineFacts, Records, SandboxRecord, SavedFacts
+from emberbox.node.sandbox import Sandbox
+from emberbox.node.tasks import Tasks, finish
+from emberbox.runtime.base import Limits, Saved
+from emberbox.runtime.errors import RuntimeFailure
+
+log = structlog.get_logger("emberbox.node")
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """What a new sandbox starts from, whatever it was: a template, a snapshot, a running sandbox."""
+
+    image: Image
+    limits: Limits
+    env_vars: dict[str, str] = field(default_factory=dict)
+    saved: Saved | None = None
+    saved_secret: str = ""
+
+
+@dataclass(slots=True)
+class Counts:
+    starting: int = 0
+    creates_succeeded: int = 0
+    creates_failed: int = 0
+
+
+class Machines:
+    """Every sandbox of the node, by ID."""
+
+    def __init__(
+        self,
+        hosting: Hosting,
+        preparing: Preparing,
+        records: Records,
+        pool: Pool,
+        events: Events,
+        logs: SandboxLogs,
+        *,
+        saved_dir: Path,
+        boot_id: str,
+        max_machines: int,
+    ) -> None:
+        self.hosting = hosting
+        self.preparing = preparing
+        self.records = records
+        self.pool = pool
+        self.events = events
+        self.logs = logs
+        self.saved_dir = saved_dir
+        self.boot_id = boot_id
+        self.max_machines = max_machines
+        self.counts = Counts()
+        self.tasks = Tasks()
+        self.deadlines = Deadlines(self._expired)
+        self.sandboxes: dict[str, Sandbox] = {}
+
+    # ---- looking
+
+    def find(self, sandbox_id: str) -> Sandbox:
+        """Return a sandbox that has not ended.
+
+        Raises:
+            NoSuchSandbox
+        """
+        sandbox = self.sandboxes.get(sandbox_id)
+        if sandbox is None or (sandbox.record is not None and sandbox.record.state is State.ENDED):
+            raise NoSuchSandbox(sandbox_id)
+        return sandbox
+
+    def statuses(self) -> list[Status]:
+        """Every sandbox, and every end not yet acknowledged."""
+        return [sandbox.status() for sandbox in self.sandboxes.values() if sandbox.record is not None]
+
+    def running(self) -> list[Sandbox]:
+        return [
+            sandbox
+            for sandbox in self.sandboxes.values()
+            if sandbox.record is not None and sandbox.record.state is State.RUNNING and not sandbox.ending
+        ]
+
+    # ---- create
+
+    async def create(self, new: NewSandbox, seed: Seed) -> Status:
+        """Start a sandbox and return when its agent knows it.
+
+        Raises:
+            AlreadyHere, NodeFull, DiskFull, LayerMissing, BadValue, AgentFailure: see there.
+            Interrupted: it was killed meanwhile.
+        """
+        if new.sandbox_id in self.sandboxes:
+            raise AlreadyHere(f"sandbox '{new.sandbox_id}' is already on this node")
+        await self._check_room()
+        sandbox = self.sandboxes[new.sandbox_id] = Sandbox(new.sandbox_id)
+        self.counts.starting += 1
+        try:
+            status = await sandbox.operate(lambda: self._create(sandbox, new, seed))
+        except BaseException:
+            self.counts.creates_failed += 1
+            if sandbox.record is None:
+                self._forget(sandbox)
+            else:  # it came to be, but nobody waits for the answer any more
+                self.tasks.start(self._kill(sandbox), name="create.undo")
+            raise
+        finally:
+            self.counts.starting -= 1
+        self.counts.creates_succeeded += 1
+        return status
+
+    async def _check_room(self) -> None:
+        """One machine more than `max_machines` is refused; waiting ones give way."""
+        living = sum(1 for sandbox in self.sandboxes.values() if sandbox.record is None or sandbox.hosted is not None)
+        if living >= self.max_machines:
+            raise NodeFull(f"this node runs {living} machines and may run {self.max_machines}; kill some or add a node")
+        if living + self.pool.size >= self.max_machines:
+            await self.pool.make_room()
+
+    async def _create(self, sandbox: Sandbox, new: NewSandbox, seed: Seed) -> Status:
+        began = time.monotonic()
+        record = SandboxRecord(
+            sandbox_id=new.sandbox_id,
+            template_id=new.template_id,
+            team_id=new.team_id,
+            image=seed.image,
+            limits=seed.limits,
+            env_vars={**seed.env_vars, **new.env_vars},
+            access_token=new.access_token,
+            network=new.network,
+            on_timeout=new.on_timeout,
+            deadline_ms=new.deadline_ms,
+            state=State.RUNNING,
+            started_ms=now_ms(),
+            changed_ms=now_ms(),
+            boot_id=self.boot_id,
+            metadata=new.metadata,
+        )
+        hosted = await self._claim_warm(record) if seed.saved is None else None
+        warm = hosted is not None
+        if hosted is None:
+            hosted = await self._start_with_room(seed, record)
+        try:
+            await self._run(sandbox, hosted, record)
+        except BaseException:
+            await self.hosting.end(hosted)
+            raise
+        ms = round((time.monotonic() - began) * 1000, 1)
+        log.info("sandbox.created", sandbox_id=new.sandbox_id, warm=warm, ms=ms)
+        return sandbox.status()
+
+    async def _claim_warm(self, record: SandboxRecord) -> Hosted | None:
+        """Make a warm machine this sandbox's; None when there is none, or the ones there were had failed."""
+        while (hosted := self.pool.take(record.image, record.limits)) is not None:
+            try:
+                if self.preparing.waits_paused:
+                    await hosted.machine.resume()
+                if record.network != OPEN_NETWORK:
+                    await self.hosting.slots.apply(hosted.spec.slot, record.network)
+                await hosted.agent.init(identity.first(record))
+                return hosted
+            except (AgentFailure, RuntimeFailure) as error:
+                log.warning("pool.claim_failed", machine_id=hosted.spec.machine_id, error=str(error))
+                await self.hosting.end(hosted)
+            except BaseException:
+                await self.hosting.end(hosted)
+                raise
+        return None
+
+    async def _start_with_room(self, seed: Seed, record: SandboxRecord) -> Hosted:
+        """Start a machine; one that waits in the pool gives way when the node is full."""
+        while True:
+            try:
+                hosted = await self.preparing.machine(
+                    seed.image, seed.limits, saved=seed.saved, saved_secret=seed.saved_secret, network=record.network
+                )
+                break
+            except NodeFull:
+                if not await self.pool.make_room():
+                    raise
+        try:
+            await hosted.agent.init(identity.first(record))
+        except BaseException:
+            await self.hosting.end(hosted)
+            raise
+        return hosted
+
+    async def _run(self, sandbox: Sandbox, hosted: Hosted, record: SandboxRecord) -> None:
+        """Write that the sandbox runs on this machine, and look after it from now on."""
+        await self._store(
+            sandbox,
+            replace(
+                record,
+                state=State.RUNNING,
+                boot_id=self.boot_id,
+                upper=hosted.spec.upper.name,
+                machine=MachineFacts(
+                    machine_id=hosted.spec.machine_id,
+                    slot_index=hosted.spec.slot.index,
+                    secret=hosted.secret,
+                    facts=hosted.machine.record(),
+                ),
+                memory_kept=False,
+                saved=None,
+                saved_directory="",
+            ),
+        )
+        sandbox.hosted = hosted
+        self.look_after(sandbox)
+
+    def look_after(self, sandbox: Sandbox) -> None:
+        """Watch the sandbox's machine, and its deadline when it runs."""
+        assert sandbox.record is not None
+        sandbox.unwatch()
+        if sandbox.hosted is not None:
+            name = f"watch {sandbox.sandbox_id}"
+            sandbox.watch = self.tasks.start(self._watch(sandbox, sandbox.hosted), name=name)
+        if sandbox.record.state is State.RUNNING:
+            self.deadlines.set(sandbox.sandbox_id, sandbox.record.deadline_ms)
+        else:
+            self.deadlines.clear(sandbox.sandbox_id)
+
+    # ---- pause and resume
+
+    async def pause(self, sandbox_id: str, *, memory: bool) -> Status:
+        """Stop a running sandbox and keep it.
+
+        Args:
+            memory: keep its processes too, for as long as the runtime can.
+        """
+        sandbox = self.find(sandbox_id)
+        return await sandbox.operate(lambda: self._pause(sandbox, memory=memory))
+
+    async def _pause(self, sandbox: Sandbox, *, memory: bool) -> Status:
+        record, hosted = sandbox.require(State.RUNNING), sandbox.hosted
+        assert hosted is not None
+        await self.logs.collect(sandbox.sandbox_id, hosted.agent)
+        paused = replace(record, state=State.PAUSED, deadline_ms=0, memory_kept=memory, changed_ms=now_ms())
+        if not memory:
+            await self._pause_files(sandbox, hosted, paused)
+        elif self.hosting.runtime.capabilities.memory_snapshots:
+            await self._pause_saving(sandbox, hosted, paused)
+        else:
+            await self._pause_frozen(sandbox, hosted, paused)
+        self.deadlines.clear(sandbox.sandbox_id)
+        log.info("sandbox.paused", sandbox_id=sandbox.sandbox_id, memory=memory)
+        return sandbox.status()
+
+    async def _pause_frozen(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
+        """Keep the machine as it is, with its clock stopped."""
+        try:
+            await hosted.machine.pause()
+            await self._store(sandbox, paused)
+        except BaseException:
+            await finish(self._thaw(hosted))
+            raise
+
+    async def _pause_saving(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
+        """Put memory and disk into a directory of their own, and end the machine."""
+        directory = self.saved_dir / f"{sandbox.sandbox_id}-{secrets.token_hex(4)}"
+        try:
+            await asyncio.to_thread(directory.mkdir, mode=0o700, parents=True)
+            await hosted.machine.pause()
+            saved = await hosted.machine.save(directory, memory=True)
+            await self._store(
+                sandbox,
+                replace(
+                    paused,
+                    machine=None,
+                    upper="",
+                    saved_directory=directory.name,
+                    saved=SavedFacts.of(saved, hosted.secret),
+                ),
+            )
+        except BaseException:
+            await finish(self._undo_saving(hosted, directory))
+            raise
+        await finish(self._leave_machine(sandbox, hosted, keep_upper=False))
+
+    async def _undo_saving(self, hosted: Hosted, directory: Path) -> None:
+        await self._thaw(hosted)
+        await remove_tree(directory)
+
+    async def _pause_files(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
+        """End the machine and keep its disk."""
+        with contextlib.suppress(AgentFailure):
+            await hosted.agent.freeze_files()
+        details = SavedFacts(
+            runtime=self.hosting.runtime.name,
+            upper=hosted.spec.upper.name,
+            memory=False,
+            details=hosted.machine.record(),
+        )
+        await finish(self._keep_files(sandbox, hosted, replace(paused, machine=None, saved=details)))
+
+    async def _keep_files(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
+        try:
+            await self._store(sandbox, paused)
+        except BaseException:
+            with contextlib.suppress(AgentFailure):
+                await hosted.agent.thaw_files()
+            raise
+        await self._leave_machine(sandbox, hosted, keep_upper=True)
+
+    async def _leave_machine(self, sandbox: Sandbox, hosted: Hosted, *, keep_upper: bool) -> None:
+        sandbox.unwatch()
+        sandbox.hosted = None
+        await self.hosting.end(hosted, keep_upper=keep_upper)
+
+    async def _thaw(self, hosted: Hosted) -> None:
+        try:
+            await hosted.machine.resume()
+        except RuntimeFailure as error:
+            log.warning("machine.thaw_failed", machine_id=hosted.spec.machine_id, error=str(error))
+
+    async def resume(
+        self, sandbox_id: str, *, deadline_ms: int, on_timeout: TimeoutAction | None, discard_memory: bool
+    ) -> Status:
+        """Go on with a paused sandbox.
+
+        Args:
+            on_timeout: None leaves it as it was.
+            discard_memory: start cold from the files, even when memory was kept.
+        """
+        sandbox = self.find(sandbox_id)
+        return await sandbox.operate(lambda: self._resume(sandbox, deadline_ms, on_timeout, discard_memory))
+
+    async def _resume(
+        self, sandbox: Sandbox, deadline_ms: int, on_timeout: TimeoutAction | None, discard_memory: bool
+    ) -> Status:
+        record = sandbox.require(State.PAUSED)
+        began = time.monotonic()
+        running = replace(
+            record,
+            state=State.RUNNING,
+            deadline_ms=deadline_ms,
+            on_timeout=on_timeout or record.on_timeout,
+            started_ms=now_ms(),
+            changed_ms=now_ms(),
+        )
+        kept = "none"
+        if sandbox.hosted is not None and not discard_memory and await self._resume_frozen(sandbox, running):
+            kept = "frozen"
+        elif record.saved is not None and record.saved.memory:
+            await self._resume_saved(sandbox, running, discard_memory=discard_memory)
+            kept = "none" if discard_memory else "saved"
+        else:
+            await self._resume_files(sandbox, running)
+        ms = round((time.monotonic() - began) * 1000, 1)
+        log.info("sandbox.resumed", sandbox_id=sandbox.sandbox_id, memory=kept, ms=ms)
+        return sandbox.status()
+
+    async def _resume_frozen(self, sandbox: Sandbox, running: SandboxRecord) -> bool:
+        """Let the frozen machine go on; False when it cannot, and the files must do."""
+        hosted = sandbox.hosted
+        assert hosted is not None
+        try:
+            await hosted.machine.resume()
+            await hosted.agent.init(identity.again(running))
+        except (RuntimeFailure, AgentFailure) as error:
+            log.warning("sandbox.frozen_lost", sandbox_id=sandbox.sandbox_id, error=str(error))
+            return False
+        except BaseException:
+            await finish(self._freeze_again(hosted))
+            raise
+        try:
+            await self._run(sandbox, hosted, running)
+        except BaseException:
+            await finish(self._freeze_again(hosted))
+            raise
+        return True
+
+    async def _freeze_again(self, hosted: Hosted) -> None:
+        try:
+            await hosted.machine.pause()
+        except RuntimeFailure as error:
+            log.warning("machine.freeze_failed", machine_id=hosted.spec.machine_id, error=str(error))
+
+    async def _resume_saved(self, sandbox: Sandbox, running: SandboxRecord, *, discard_memory: bool) -> None:
+        assert running.saved is not None
+        directory = self.saved_dir / running.saved_directory
+        saved = running.saved.within(directory)
+        if discard_memory:
+            saved = replace(saved, memory=False)
+        secret = "" if discard_memory else running.saved.secret
+        hosted = await self.preparing.machine(
+            running.image, running.limits, saved=saved, saved_secret=secret, network=running.network
+        )
+        await self._go_on(sandbox, hosted, running, keep_upper=False)
+        await remove_tree(directory)
+
+    async def _resume_files(self, sandbox: Sandbox, running: SandboxRecord) -> None:
+        """Start cold on the upper that the last machine left, in place."""
+        if sandbox.hosted is not None:
+            await finish(self._discard_frozen(sandbox))
+            assert sandbox.record is not None
+            running = replace(running, saved=sandbox.record.saved)
+        upper = self.hosting.uppers_dir / running.upper
+        self.hosting.check_unused(upper)
+        assert running.saved is not None
+        hosted = await self.preparing.machine(
+            running.image,
+            running.limits,
+            saved=running.saved.within(self.hosting.uppers_dir),
+            upper=upper,
+            network=running.network,
+        )
+        await self._go_on(sandbox, hosted, running, keep_upper=True)
+
+    async def _go_on(self, sandbox: Sandbox, hosted: Hosted, running: SandboxRecord, *, keep_upper: bool) -> None:
+        try:
+            await hosted.agent.init(identity.again(running))
+            await self._run(sandbox, hosted, running)
+        except BaseException:
+            await self.hosting.end(hosted, keep_upper=keep_upper)
+            raise
+
+    async def _discard_frozen(self, sandbox: Sandbox) -> None:
+        """Turn a sandbox paused in memory into one paused with its files only."""
+        hosted, record = sandbox.hosted, sandbox.record
+        assert hosted is not None
+        assert record is not None
+        facts = SavedFacts(self.hosting.runtime.name, hosted.spec.upper.name, False, hosted.machine.record())
+        await self._store(sandbox, replace(record, memory_kept=False, machine=None, saved=facts))
+        await self._leave_machine(sandbox, hosted, keep_upper=True)
+
+    # ---- settings of a sandbox that runs
+
+    async def set_deadline(self, sandbox_id: str, deadline_ms: int, *, only_extend: bool) -> Status:
+        """Move the deadline of a running sandbox. Does not wait for operations under way."""
+        sandbox = self.find(sandbox_id)
+        record = sandbox.require(State.RUNNING)
+        if sandbox.ending:
+            raise NoSuchSandbox(sandbox_id)
+        if not only_extend or deadline_ms > record.deadline_ms:
+            # Memory first: an operation that ends meanwhile must carry the new deadline on.
+            sandbox.record = replace(record, deadline_ms=deadline_ms)
+            self.deadlines.set(sandbox_id, deadline_ms)
+            await self.records.write(sandbox.record)
+        return sandbox.status()
+
+    async def set_network(self, sandbox_id: str, network: Network) -> Status:
+        """Replace what a sandbox may reach."""
+        sandbox = self.find(sandbox_id)
+
+        async def apply() -> Status:
+            record, hosted = sandbox.require(State.RUNNING), sandbox.hosted
+            assert hosted is not None
+            await self.hosting.slots.apply(hosted.spec.slot, network)
+            await self._store(sandbox, replace(record, network=network))
+            return sandbox.status()
+
+        return await sandbox.operate(apply)
+
+    # ---- ends
+
+    async def kill(self, sandbox_id: str) -> None:
+        """End a sandbox in whatever state it is, also in the middle of another operation, and forget it."""
+        await finish(self._kill(self.find(sandbox_id)))
+
+    async def _kill(self, sandbox: Sandbox) -> None:
+        sandbox.ending = True
+
+        async def end() -> None:
+            if self.sandboxes.get(sandbox.sandbox_id) is sandbox:
+                await self._end(sandbox, None)
+
+        await sandbox.interrupt(end)
+
+    async def _end(self, sandbox: Sandbox, reason: EndReason | None, message: str = "") -> None:
+        """End a sandbox. With a reason its end is kept and reported until it is acknowledged."""
+        sandbox.ending = True
+        self.deadlines.clear(sandbox.sandbox_id)
+        sandbox.unwatch()
+        record, hosted, sandbox.hosted = sandbox.record, sandbox.hosted, None
+        if record is None:
+            self._forget(sandbox)
+            return
+        if hosted is not None and record.state is State.RUNNING and reason is not EndReason.DIED:
+            await self.logs.collect(sandbox.sandbox_id, hosted.agent)
+        if reason is None:
+            await self.records.remove(sandbox.sandbox_id)
+            self._forget(sandbox)
+        else:
+            await self.keep_end(sandbox, record, reason, message)
+        log.info("sandbox.ended", sandbox_id=sandbox.sandbox_id, reason=reason or EndReason.KILLED, message=message)
+        if hosted is not None:
+            await self.hosting.end(hosted)
+        elif record.upper:
+            await asyncio.to_thread((self.hosting.uppers_dir / record.upper).unlink, missing_ok=True)
+        if record.saved_directory:
+            await remove_tree(self.saved_dir / record.saved_directory)
+        self.logs.ended(sandbox.sandbox_id)
+
+    async def keep_end(self, sandbox: Sandbox, record: SandboxRecord, reason: EndReason, message: str) -> None:
+        """Write and report that a sandbox ended by itself."""
+        ended = replace(
+            record,
+            state=State.ENDED,
+            changed_ms=now_ms(),
+            end_reason=reason,
+            message=message,
+            upper="",
+            machine=None,
+            saved=None,
+            saved_directory="",
+            memory_kept=False,
+            env_vars={},
+            access_token="",
+        )
+        await self._store(sandbox, ended)
+        self.events.publish(sandbox.status())
+
+    async def acknowledge(self, sandbox_ids: list[str]) -> None:
+        """Forget ends that the control plane has recorded. Others are left alone."""
+        for sandbox_id in sandbox_ids:
+            sandbox = self.sandboxes.get(sandbox_id)
+            if sandbox is not None and sandbox.record is not None and sandbox.record.state is State.ENDED:
+                await self.records.remove(sandbox_id)
+                self._forget(sandbox)
+
+    async def _watch(self, sandbox: Sandbox, hosted: Hosted) -> None:
+        reason = await hosted.machine.wait()
+        if sandbox.ending or sandbox.hosted is not hosted:
+            return
+        sandbox.watch = None
+        sandbox.fault = reason
+        await finish(sandbox.interrupt(lambda: self._died(sandbox, hosted, reason)))
+
+    async def _died(self, sandbox: Sandbox, hosted: Hosted, reason: str) -> None:
+        sandbox.fault = ""
+        if sandbox.ending or sandbox.hosted is not hosted or sandbox.record is None:
+            return
+        log.warning("machine.died", sandbox_id=sandbox.sandbox_id, reason=reason, state=sandbox.record.state)
+        self.logs.note(sandbox.sandbox_id, "error", f"the machine ended by itself: {reason}")
+        if sandbox.record.state is State.PAUSED:
+            await self._discard_frozen(sandbox)
+            self.events.publish(sandbox.status())
+        else:
+            await self._end(sandbox, EndReason.DIED, f"the machine ended by itself: {reason}")
+
+    def _expired(self, sandbox_id: str) -> None:
+        sandbox = self.sandboxes.get(sandbox_id)
+        if sandbox is not None:
+            self.tasks.start(self._expire(sandbox), name=f"expire {sandbox_id}")
+
+    async def _expire(self, sandbox: Sandbox) -> None:
+        """Do what the sandbox's timeout says, unless the deadline moved meanwhile."""
+        async with sandbox.lock:
+            record = sandbox.record
+            if sandbox.ending or record is None or record.state is not State.RUNNING:
+                return
+            if record.deadline_ms > now_ms():
+                self.deadlines.set(sandbox.sandbox_id, record.deadline_ms)
+                return
+            if record.on_timeout is TimeoutAction.KILL:
+                await finish(self._end(sandbox, EndReason.TIMED_OUT, "the sandbox reached its timeout"))
+                return
+        await self._pause_by_itself(sandbox, memory=record.on_timeout is TimeoutAction.PAUSE)
+
+    async def _pause_by_itself(self, sandbox: Sandbox, *, memory: bool) -> None:
+        """Pause at the deadline; what cannot keep its memory keeps its files."""
+
+        async def pause() -> None:
+            record = sandbox.require(State.RUNNING)
+            if record.deadline_ms > now_ms():
+                self.deadlines.set(sandbox.sandbox_id, record.deadline_ms)
+                return
+            try:
+                await self._pause(sandbox, memory=memory)
+            except (NodeError, RuntimeFailure, OSError) as error:
+                if not memory:
+                    raise
+                log.warning("sandbox.memory_not_kept", sandbox_id=sandbox.sandbox_id, error=str(error))
+                await self._pause(sandbox, memory=False)
+            self.events.publish(sandbox.status())
+
+        try:
+            await sandbox.operate(pause)
+        except (NoSuchSandbox, WrongState):
+            return
+        except (NodeError, RuntimeFailure, OSError) as error:
+            log.error("sandbox.pause_failed", sandbox_id=sandbox.sandbox_id, error=str(error))
+            if not sandbox.ending:
+                self.deadlines.set(sandbox.sandbox_id, now_ms() + 5_000)
+
+    # ---- upkeep
+
+    async def _store(self, sandbox: Sandbox, record: SandboxRecord) -> None:
+        """Write a record and make it the sandbox's, unless writing fails. A deadline moved meanwhile is kept."""
+        before = sandbox.record
+        await self.records.write(record)
+        if sandbox.record is not before and sandbox.record is not None and record.state is State.RUNNING:
+            record = replace(record, deadline_ms=sandbox.record.deadline_ms)
+            await self.records.write(record)
+        sandbox.record = record
+
+    def _forget(self, sandbox: Sandbox) -> None:
+        if self.sandboxes.get(sandbox.sandbox_id) is sandbox:
+            del self.sandboxes[sandbox.sandbox_id]
+
+    async def close(self) -> None:
+        """Stop looking after machines. They go on; the next node process adopts them."""
+        await self.tasks.close()
+
+
+async def remove_tree(path: Path) -> None:
+    """Remove a directory with all it holds. Idempotent."""
+    await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+
+
+def check_new(new: NewSandbox) -> None:
+    """Refuse values that no machine can be made of.
+
+    Raises:
+        BadValue
+    """
+    if not new.sandbox_id.isalnum() or len(new.sandbox_id) > 64:
+        raise BadValue(f"sandbox ID {new.sandbox_id!r} must be 1 to 64 letters and digits")
+    if (new.image is None) == (not new.snapshot_id):
+        raise BadValue("a sandbox starts from an image or from a snapshot; give one of them")
+    if new.deadline_ms <= 0:
+        raise BadValue("a sandbox needs a deadline")
+    if new.image is not None and not new.image.layers:
+        raise BadValue(f"build '{new.image.build_id}' has no layers")

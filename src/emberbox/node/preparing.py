@@ -1,0 +1,171 @@
+"""From a template to a machine that is ready for a sandbox.
+
+Cold: start, run the template's start command, wait for its ready command. Where the runtime has memory snapshots that
+is done once: the machine is saved when it is ready, and later ones are restored from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+from pydantic import TypeAdapter, ValidationError
+
+from emberbox.node import identity
+from emberbox.node.errors import NodeError
+from emberbox.node.hosting import Hosted, Hosting, Origin
+from emberbox.node.model import OPEN_NETWORK, Image, Network
+from emberbox.node.pool import PoolKey
+from emberbox.node.records import SavedFacts, write_file
+from emberbox.node.tasks import Tasks, finish
+from emberbox.runtime.base import Limits, Saved
+from emberbox.runtime.errors import RuntimeFailure, SavedDamaged
+
+log = structlog.get_logger("emberbox.node")
+
+_META = "meta.json"
+_ADAPTER = TypeAdapter(SavedFacts)
+
+
+class Preparing:
+    """Makes ready machines, and keeps the memory of templates in `directory`."""
+
+    def __init__(self, hosting: Hosting, directory: Path, *, starts_at_once: int) -> None:
+        self._hosting = hosting
+        self._directory = directory
+        self._turn = asyncio.Semaphore(starts_at_once)
+        self._remembers = hosting.runtime.capabilities.memory_snapshots
+        self._making: dict[PoolKey, asyncio.Task[None]] = {}
+        self._tasks = Tasks()
+
+    @property
+    def waits_paused(self) -> bool:
+        """Whether machines in the pool wait with their clock stopped."""
+        return self._remembers
+
+    async def warm(self, image: Image, limits: Limits) -> Hosted:
+        """Bring up a machine for the pool."""
+        hosted = await self.machine(image, limits)
+        if self.waits_paused:
+            try:
+                await hosted.machine.pause()
+            except BaseException:
+                await self._hosting.end(hosted)
+                raise
+        return hosted
+
+    async def machine(
+        self,
+        image: Image,
+        limits: Limits,
+        *,
+        saved: Saved | None = None,
+        saved_secret: str = "",
+        upper: Path | None = None,
+        network: Network = OPEN_NETWORK,
+    ) -> Hosted:
+        """Bring up a machine, ready for `/init`.
+
+        Args:
+            saved: start from this instead of the template.
+            upper: use this disk, in place.
+        """
+        if saved is None and self._remembers:
+            key = PoolKey.of(image, limits)
+            if (found := await asyncio.to_thread(self._find, key)) is not None:
+                try:
+                    return await self._start(Origin(image.layers, found[0], found[1]), limits, network)
+                except SavedDamaged as error:
+                    log.error("template_memory.damaged", build_id=image.build_id, error=str(error))
+                    await asyncio.to_thread(shutil.rmtree, self._directory / str(key), ignore_errors=True)
+            self._make_soon(key, image, limits)
+        hosted = await self._start(Origin(image.layers, saved, saved_secret, upper), limits, network)
+        if (saved is None or not saved.memory) and (image.start_command or image.ready_command):
+            try:
+                await hosted.agent.init(identity.unclaimed(image, limits))
+                await self._hosting.run_template_commands(hosted, image)
+            except BaseException:
+                await self._hosting.end(hosted, keep_upper=upper is not None)
+                raise
+        return hosted
+
+    async def _start(self, origin: Origin, limits: Limits, network: Network) -> Hosted:
+        async with self._turn:
+            return await self._hosting.start(origin, limits, hostname="sandbox", network=network)
+
+    # ---- template memory
+
+    def _find(self, key: PoolKey) -> tuple[Saved, str] | None:
+        directory = self._directory / str(key)
+        try:
+            facts = _ADAPTER.validate_json((directory / _META).read_bytes())
+        except FileNotFoundError:
+            return None
+        except (ValidationError, OSError) as error:
+            log.error("template_memory.unreadable", path=str(directory), error=str(error))
+            return None
+        return facts.within(directory), facts.secret
+
+    def _make_soon(self, key: PoolKey, image: Image, limits: Limits) -> None:
+        if key not in self._making:
+            task = self._making[key] = self._tasks.start(self._make_quietly(image, limits), name=f"remember {key}")
+            task.add_done_callback(lambda _: self._making.pop(key, None))
+
+    async def _make_quietly(self, image: Image, limits: Limits) -> None:
+        try:
+            await self.remember(image, limits)
+        except (NodeError, RuntimeFailure, OSError) as error:
+            log.warning("template_memory.failed", build_id=image.build_id, error=str(error))
+
+    async def remember(self, image: Image, limits: Limits) -> None:
+        """Save a ready machine of this image, which later ones are restored from. Does nothing where that cannot be.
+
+        Raises:
+            AgentFailure, RuntimeFailure: it could not be started or saved; nothing is left.
+        """
+        if not self._remembers:
+            return
+        key = PoolKey.of(image, limits)
+        directory, building = self._directory / str(key), self._directory / f".{key}"
+        if await asyncio.to_thread((directory / _META).exists):
+            return
+        hosted = await self._start(Origin(image.layers), limits, OPEN_NETWORK)
+        try:
+            await hosted.agent.init(identity.unclaimed(image, limits))
+            await self._hosting.run_template_commands(hosted, image)
+            await asyncio.to_thread(_fresh_directory, building)
+            await hosted.machine.pause()
+            saved = await hosted.machine.save(building, memory=True)
+            facts = SavedFacts.of(replace(saved, directory=building), hosted.secret)
+            await asyncio.to_thread(write_file, building / _META, _ADAPTER.dump_json(facts), flush=True)
+            await asyncio.to_thread(building.rename, directory)
+        except BaseException:
+            await finish(asyncio.to_thread(shutil.rmtree, building, ignore_errors=True))
+            raise
+        finally:
+            await self._hosting.end(hosted)
+        log.info("template_memory.saved", build_id=image.build_id, key=str(key))
+
+    async def forget(self, build_id: str) -> None:
+        """Remove what is kept of a build."""
+        for path in await asyncio.to_thread(lambda: list(self._directory.glob(f"{build_id}-*"))):
+            await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+
+    def sweep(self) -> list[str]:
+        """Remove half-made memories of an earlier process; blocks."""
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        removed = [path for path in self._directory.iterdir() if not (path / _META).exists()]
+        for path in removed:
+            shutil.rmtree(path, ignore_errors=True)
+        return [path.name for path in removed]
+
+    async def close(self) -> None:
+        await self._tasks.close()
+
+
+def _fresh_directory(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(mode=0o700, parents=True)

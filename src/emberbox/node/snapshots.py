@@ -1,0 +1,250 @@
+"""Snapshots of sandboxes, new sandboxes from them, and forks.
+
+A snapshot is a directory below `snapshots/`: what `Machine.save` wrote, and `meta.json`, written last. A directory
+without it is half-made, never used, and swept at the next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import structlog
+from pydantic import TypeAdapter, ValidationError
+
+from emberbox.node.errors import AgentFailure, AlreadyHere, BadValue, NodeError, NoSuchSnapshot
+from emberbox.node.hosting import Hosted
+from emberbox.node.machines import Machines, Seed, remove_tree
+from emberbox.node.model import Image, NewSandbox, State, Status
+from emberbox.node.records import SandboxRecord, SavedFacts, write_file
+from emberbox.node.sandbox import Sandbox
+from emberbox.node.tasks import finish
+from emberbox.runtime.base import Limits
+from emberbox.runtime.errors import RuntimeFailure
+
+log = structlog.get_logger("emberbox.node")
+
+_META = "meta.json"
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotMeta:
+    """What a snapshot is made of, beside its files."""
+
+    snapshot_id: str
+    image: Image
+    limits: Limits
+    env_vars: dict[str, str]
+    saved: SavedFacts
+    size_bytes: int
+
+
+_ADAPTER = TypeAdapter(SnapshotMeta)
+
+
+class Snapshots:
+    """The snapshots of one node, in one directory."""
+
+    def __init__(self, machines: Machines, directory: Path) -> None:
+        self._machines = machines
+        self._directory = directory
+        self._making: set[str] = set()
+
+    # ---- make
+
+    async def take(self, sandbox_id: str, snapshot_id: str, *, memory: bool) -> SnapshotMeta:
+        """Save a running or paused sandbox under a new ID. The sandbox goes on in the state it had.
+
+        Raises:
+            NoSuchSandbox, AlreadyHere, BadValue, DiskFull, RuntimeFailure: see there; nothing is left.
+        """
+        check_snapshot_id(snapshot_id)
+        directory = self._directory / snapshot_id
+        if snapshot_id in self._making or await asyncio.to_thread(directory.exists):
+            raise AlreadyHere(f"snapshot '{snapshot_id}' is already on this node")
+        sandbox = self._machines.find(sandbox_id)
+        self._making.add(snapshot_id)
+        try:
+            return await sandbox.operate(lambda: self._take(sandbox, snapshot_id, directory, memory=memory))
+        finally:
+            self._making.discard(snapshot_id)
+
+    async def _take(self, sandbox: Sandbox, snapshot_id: str, directory: Path, *, memory: bool) -> SnapshotMeta:
+        record = sandbox.record
+        assert record is not None
+        try:
+            await asyncio.to_thread(directory.mkdir, mode=0o700, parents=True)
+            if sandbox.hosted is not None:
+                facts = await self._save_machine(sandbox.hosted, record, directory, memory=memory)
+            else:
+                facts = await self._copy_saved(record, directory, memory=memory)
+            meta = SnapshotMeta(
+                snapshot_id=snapshot_id,
+                image=record.image,
+                limits=record.limits,
+                env_vars=record.env_vars,
+                saved=facts,
+                size_bytes=await asyncio.to_thread(_allocated, directory),
+            )
+            await asyncio.to_thread(write_file, directory / _META, _ADAPTER.dump_json(meta), flush=True)
+        except BaseException:
+            await finish(remove_tree(directory))
+            raise
+        log.info("snapshot.taken", snapshot_id=snapshot_id, sandbox_id=record.sandbox_id, memory=facts.memory)
+        return meta
+
+    async def _save_machine(
+        self, hosted: Hosted, record: SandboxRecord, directory: Path, *, memory: bool
+    ) -> SavedFacts:
+        """Save a machine that is there, with its clock stopped for as short as the runtime can."""
+        runtime = self._machines.hosting.runtime
+        memory = memory and runtime.capabilities.memory_snapshots
+        running = record.state is State.RUNNING
+        frozen_files = False
+        try:
+            if running and not memory and runtime.capabilities.memory_snapshots:
+                frozen_files = await _freeze_files(hosted)
+            if running:
+                await hosted.machine.pause()
+            saved = await hosted.machine.save(directory, memory=memory)
+        finally:
+            if running:
+                await finish(_go_on(hosted, thaw_files=frozen_files))
+        return SavedFacts.of(saved, hosted.secret)
+
+    async def _copy_saved(self, record: SandboxRecord, directory: Path, *, memory: bool) -> SavedFacts:
+        """Copy what a paused sandbox without a machine consists of."""
+        hosting = self._machines.hosting
+        assert record.saved is not None
+        if record.saved_directory:
+            source = self._machines.saved_dir / record.saved_directory
+            await asyncio.to_thread(_link_tree, source, directory, record.saved.upper)
+            await hosting.disks.clone(source / record.saved.upper, directory / record.saved.upper)
+            return record.saved if memory else replace(record.saved, memory=False, secret="")
+        await hosting.disks.clone(hosting.uppers_dir / record.upper, directory / "upper.ext4")
+        return replace(record.saved, upper="upper.ext4")
+
+    # ---- use
+
+    async def seed(self, snapshot_id: str, limits: Limits) -> Seed:
+        """What a sandbox created from this snapshot starts from. The disk's size is the snapshot's, and so are
+        processors and memory when its memory goes on.
+
+        Raises:
+            NoSuchSnapshot
+        """
+        meta = await asyncio.to_thread(self._read, snapshot_id)
+        saved = meta.saved.within(self._directory / snapshot_id)
+        fixed = meta.limits if saved.memory else replace(limits, disk_size_mb=meta.limits.disk_size_mb)
+        return Seed(meta.image, fixed, meta.env_vars, saved, meta.saved.secret)
+
+    async def fork(self, sandbox_id: str, news: Sequence[NewSandbox]) -> list[Status | str]:
+        """Start copies of a running sandbox, all of the same instant. One result each, in order; a string is why not.
+
+        Raises:
+            NoSuchSandbox, WrongState, RuntimeFailure: the source could not be saved.
+        """
+        self._machines.find(sandbox_id).require(State.RUNNING)
+        snapshot_id = f"fork{secrets.token_hex(8)}"
+        meta = await self.take(sandbox_id, snapshot_id, memory=True)
+        try:
+            return await asyncio.gather(*(self._fork_one(meta, new) for new in news))
+        finally:
+            await finish(remove_tree(self._directory / snapshot_id))
+
+    async def _fork_one(self, meta: SnapshotMeta, new: NewSandbox) -> Status | str:
+        try:
+            seed = await self.seed(meta.snapshot_id, new.limits)
+            return await self._machines.create(new, replace(seed, limits=meta.limits))
+        except (NodeError, RuntimeFailure) as error:
+            return str(error)
+        except OSError as error:
+            log.error("fork.failed", sandbox_id=new.sandbox_id, error=str(error))
+            return f"the copy could not be started: {error.strerror or error}"
+
+    # ---- end
+
+    async def delete(self, snapshot_id: str) -> None:
+        """Remove a snapshot. Sandboxes started from it go on.
+
+        Raises:
+            NoSuchSnapshot
+        """
+        check_snapshot_id(snapshot_id)
+        await asyncio.to_thread(self._read, snapshot_id)
+        await asyncio.to_thread((self._directory / snapshot_id / _META).unlink, missing_ok=True)
+        await remove_tree(self._directory / snapshot_id)
+
+    async def layers_used(self) -> set[str]:
+        """Digests of the layers that a snapshot stands on."""
+        return await asyncio.to_thread(lambda: {digest for meta in self._all() for digest in meta.image.layers})
+
+    def sweep(self) -> list[str]:
+        """Remove half-made snapshots and left-over forks of an earlier process; blocks. Returns their names."""
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        removed = []
+        for path in self._directory.iterdir():
+            if path.name.startswith("fork") or not (path / _META).exists():
+                removed.append(path.name)
+                shutil.rmtree(path, ignore_errors=True)
+        return removed
+
+    def _all(self) -> list[SnapshotMeta]:
+        found = []
+        for path in self._directory.iterdir():
+            try:
+                found.append(self._read(path.name))
+            except (NodeError, OSError):
+                continue  # being made or removed right now
+        return found
+
+    def _read(self, snapshot_id: str) -> SnapshotMeta:
+        try:
+            return _ADAPTER.validate_json((self._directory / snapshot_id / _META).read_bytes())
+        except FileNotFoundError:
+            raise NoSuchSnapshot(snapshot_id) from None
+        except ValidationError as error:
+            log.error("snapshot.damaged", snapshot_id=snapshot_id, error=str(error))
+            raise NodeError(f"snapshot '{snapshot_id}' is damaged and cannot be used; delete it") from error
+
+
+async def _freeze_files(hosted: Hosted) -> bool:
+    try:
+        await hosted.agent.freeze_files()
+    except AgentFailure as error:
+        log.warning("snapshot.not_flushed", machine_id=hosted.spec.machine_id, error=str(error))
+        return False
+    return True
+
+
+async def _go_on(hosted: Hosted, *, thaw_files: bool) -> None:
+    try:
+        await hosted.machine.resume()
+        if thaw_files:
+            await hosted.agent.thaw_files()
+    except (RuntimeFailure, AgentFailure) as error:
+        log.error("machine.thaw_failed", machine_id=hosted.spec.machine_id, error=str(error))
+
+
+def check_snapshot_id(snapshot_id: str) -> None:
+    """Raises `BadValue` unless it is a plain name."""
+    if not snapshot_id.replace("-", "").replace("_", "").isalnum() or len(snapshot_id) > 64:
+        raise BadValue(f"snapshot ID {snapshot_id!r} must be 1 to 64 letters, digits, '-' and '_'")
+
+
+def _link_tree(source: Path, target: Path, skip: str) -> None:
+    """Hard-link every file but `skip`: pieces of saved memory never change once written."""
+    for path in source.rglob("*"):
+        name = path.relative_to(source)
+        if path.is_dir():
+            (target / name).mkdir(exist_ok=True)
+        elif str(name) != skip:
+            (target / name).hardlink_to(path)
+
+
+def _allocated(directory: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())
