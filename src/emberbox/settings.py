@@ -23,6 +23,8 @@ class Settings(BaseSettings):
 
     # where things are
     data_dir: Path = Path("/var/lib/emberbox")
+    image_cache_dir: Path = Path("/var/cache/emberbox")
+    """Built base images, shared by all data directories of the host; root's alone."""
     instance_name: str = ""
     """Tag in every host-global name (netns, cgroup, nft table). Empty: derived from `data_dir`."""
 
@@ -37,6 +39,8 @@ class Settings(BaseSettings):
     tls_key: Path | None = None
     edge_tls_port: int = Field(3443, ge=0, le=65535)
     """Used when `tls_cert` and `tls_key` are set."""
+    edge_access_log: bool = False
+    """A line on the edge's standard error for every request."""
 
     # roles
     api_user: str = "emberbox"
@@ -86,6 +90,9 @@ class Settings(BaseSettings):
     max_machines: int = Field(1000, ge=1)
     id_range_start: int = Field(1_000_000_000, ge=65536)
     """First host id of the containers' user namespaces; each takes 65536."""
+
+    admin_token: str = ""
+    """Authorises the admin routes (`X-Admin-Token`). Empty: they answer 401."""
 
     # limits of a new team
     max_timeout_seconds: int = 24 * 3600

@@ -67,6 +67,7 @@ class Node:
         self.sighting: NodeSighting | None = None
         self.connected = asyncio.Event()
         """Set while the event stream is up."""
+        self._stream: Any = None
 
     @property
     def node_id(self) -> str:
@@ -134,6 +135,11 @@ class Node:
         finally:
             call.cancel()
 
+    def look_again(self) -> None:
+        """Open the event stream anew, so that the node says what state everything is in."""
+        if self._stream is not None:
+            self._stream.cancel()
+
     async def watch(self, handle: Callable[[pb.NodeEvent, int], Awaitable[None]]) -> None:
         """Receive the node's events for ever, reconnecting with a growing pause.
 
@@ -143,8 +149,8 @@ class Node:
         while True:
             opened_ms = now_ms()
             try:
-                call = self._stub.Watch(pb.WatchRequest())
-                async for event in call:
+                self._stream = self._stub.Watch(pb.WatchRequest())
+                async for event in self._stream:
                     if not self.connected.is_set():
                         await self.describe()
                         self.connected.set()
@@ -154,6 +160,13 @@ class Node:
                 reason = "the node ended the stream"
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
+            except asyncio.CancelledError:
+                # Ours to look again, or the end of this task?
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                log.info("node.looking_again", node_id=self.node_id)
+                continue
             except errors.ControlError as error:
                 reason = error.message
             except Exception:
@@ -212,6 +225,12 @@ class Nodes:
             if node.node_id == node_id:
                 return node
         raise errors.NodeUnavailable(f"node {node_id!r} is not connected; try again in a moment")
+
+    def look_again(self, node_id: str) -> None:
+        """Have the node say what state everything is in; nothing to do while it is away."""
+        for node in self._nodes:
+            if node.node_id == node_id:
+                node.look_again()
 
     async def close(self) -> None:
         for node in self._nodes:

@@ -60,6 +60,7 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType(
         (_S.RUNNING, _E.FOUND_PAUSED): _S.PAUSED,
         (_S.PAUSING, _E.FOUND_PAUSED): _S.PAUSED,
         (_S.RESUMING, _E.FOUND_PAUSED): _S.PAUSED,
+        (_S.RUNNING, _E.FOUND_RUNNING): _S.RUNNING,
         (_S.PAUSED, _E.FOUND_RUNNING): _S.RUNNING,
         (_S.PAUSING, _E.FOUND_RUNNING): _S.RUNNING,
         (_S.RESUMING, _E.FOUND_RUNNING): _S.RUNNING,

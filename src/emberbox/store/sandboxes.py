@@ -156,6 +156,29 @@ async def move_in(
     return SandboxRecord(**fields(row)) if row else None
 
 
+async def move_counted(
+    store: Store,
+    sandbox_id: str,
+    *,
+    team_id: str,
+    limit: int,
+    transitions: Mapping[str, str],
+    changes: Mapping[str, Any],
+) -> SandboxRecord | None:
+    """`move` into a state that counts against the team's limit.
+
+    Raises:
+        SandboxLimitReached: the team would have more than `limit` sandboxes that run.
+    """
+    async with store.write() as connection:
+        if not store.is_sqlite:
+            await connection.execute(_lock_team, {"team": team_id})
+        moved = await move_in(connection, sandbox_id, transitions=transitions, team_id=team_id, changes=changes)
+        if moved is not None and (await connection.execute(_count_live, {"team": team_id})).scalar_one() > limit:
+            raise SandboxLimitReached(limit)
+    return moved
+
+
 async def change(
     store: Store, sandbox_id: str, *, states: Iterable[str], changes: Mapping[str, Any]
 ) -> SandboxRecord | None:

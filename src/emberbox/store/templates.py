@@ -15,7 +15,6 @@ from emberbox.store.records import BuildLogRecord, BuildRecord, TagRecord, Templ
 from emberbox.store.tables import (
     build_logs,
     sandboxes,
-    teams,
     template_aliases,
     template_builds,
     template_tags,
@@ -412,11 +411,6 @@ async def tags_of_builds(store: Store, build_ids: Iterable[str]) -> dict[str, li
         for row in await connection.execute(query):
             found.setdefault(row.build_id, []).append(row.tag)
     return found
-
-
-async def slug_of(store: Store, team_id: str) -> str:
-    async with store.read() as connection:
-        return (await connection.execute(select(teams.c.slug).where(teams.c.id == team_id))).scalar_one()
 
 
 async def _assign(connection: AsyncConnection, tags: Sequence[TagRecord]) -> None:

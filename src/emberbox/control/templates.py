@@ -1,0 +1,176 @@
+"""Templates as users see them: found by name, listed, checked for existence, deleted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import structlog
+
+from emberbox.control.clock import now_ms
+from emberbox.control.errors import Conflict, ControlError, Forbidden, Invalid, NotFound
+from emberbox.control.names import TemplateRef, did_you_mean, parse_ref
+from emberbox.control.plane import Plane
+from emberbox.store import templates as rows
+from emberbox.store.records import BuildRecord, TeamRecord, TemplateRecord
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a sandbox starts from."""
+
+    template: TemplateRecord
+    build: BuildRecord
+    alias: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateView:
+    """A template with its names and the build that counts."""
+
+    template: TemplateRecord
+    names: list[tuple[str, str]]
+    build: BuildRecord
+    build_count: int
+    owned: bool
+
+
+class Templates:
+    def __init__(self, plane: Plane) -> None:
+        self._plane = plane
+
+    async def resolve(self, team: TeamRecord, text: str) -> Source:
+        """The ready build that `text` names for this team.
+
+        Raises:
+            Invalid: `text` is not a name, or what it names has no ready build.
+            NotFound: no such template or tag, or it is another team's.
+        """
+        ref = parse_ref(text)
+        template, alias, build = await self._find(team, ref)
+        if build is None:
+            if ref.tag is None:
+                raise Invalid(f"template {ref.name!r} has no ready build")
+            raise NotFound(f"template {ref.name!r} has no tag {ref.tag!r}")
+        if build.status != "ready":
+            raise Invalid(f"template {str(ref)!r} has no ready build (its build is {build.status!r})")
+        return Source(template, build, alias)
+
+    async def find(self, team: TeamRecord, text: str) -> TemplateRecord:
+        """The template that `text` names: the team's own, or a public one.
+
+        Raises:
+            Invalid: `text` is not a name.
+            NotFound: no such template, or it is another team's.
+        """
+        return (await self._find(team, parse_ref(text)))[0]
+
+    async def find_own(self, team: TeamRecord, text: str) -> TemplateRecord:
+        """`find`, but only a template that the team may change.
+
+        Raises:
+            Forbidden: it is public and another team's.
+        """
+        template = await self.find(team, text)
+        if template.team_id != team.id:
+            raise Forbidden(f"template {text!r} belongs to another team")
+        return template
+
+    async def ids_named(self, team: TeamRecord, text: str) -> tuple[str, ...]:
+        """The IDs that a list's filter `text` means; none when nothing has the name."""
+        ref = parse_ref(text)
+        found = await rows.find(
+            self._plane.store,
+            team_id=team.id,
+            namespace=ref.namespace or team.slug,
+            name=ref.name,
+            tag=ref.tag_or_default,
+        )
+        # The name itself too: sandboxes outlive their template.
+        return (found[0].id, ref.name) if found else (ref.name,)
+
+    async def alias_exists(self, team: TeamRecord, alias: str) -> TemplateRecord:
+        """The template that has `alias`.
+
+        Raises:
+            NotFound: there is none.
+            Forbidden: it is another team's and not public.
+        """
+        ref = parse_ref(alias)
+        if ref.namespace and ref.namespace != team.slug:
+            owner = await rows.alias_owner(self._plane.store, ref.namespace, ref.name)
+            if owner is not None and not owner.public:
+                raise Forbidden(f"template {alias!r} belongs to another team")
+        return (await self._find(team, ref))[0]
+
+    async def page(
+        self, team: TeamRecord, *, limit: int | None = None, after: tuple[int, str] | None = None
+    ) -> list[TemplateView]:
+        """The team's own templates, newest first."""
+        store = self._plane.store
+        found = await rows.page(store, team_id=team.id, kind="template", limit=limit, after=after)
+        return await self._views(team, found)
+
+    async def defaults(self, team: TeamRecord) -> list[TemplateView]:
+        """The templates that come with the installation."""
+        found = await rows.page(self._plane.store, team_id=None, kind="template", only_default=True)
+        return await self._views(team, found)
+
+    async def names(self, template_id: str) -> list[tuple[str, str]]:
+        return (await rows.aliases_of(self._plane.store, [template_id])).get(template_id, [])
+
+    async def set_public(self, template: TemplateRecord, public: bool) -> None:
+        await rows.change(self._plane.store, template.id, {"public": public, "updated_at": now_ms()})
+
+    async def delete(self, template: TemplateRecord) -> None:
+        """Remove a template or a snapshot with its builds, here and on the nodes that hold them.
+
+        Raises:
+            Conflict: sandboxes that live were started from it and need its layers.
+        """
+        store = self._plane.store
+        if many := await rows.used_by(store, template.id):
+            raise Conflict(f"template {template.id!r} is used by {many} sandboxes; kill them first")
+        builds, unused = await rows.delete_template(store, template.id)
+        for build in builds:
+            await self._delete_on_node(build, sorted(unused.intersection(build.layers)))
+        log.info("template.deleted", template_id=template.id, builds=len(builds))
+
+    async def _delete_on_node(self, build: BuildRecord, layers: list[str]) -> None:
+        if not build.node_id:
+            return
+        try:
+            node = self._plane.nodes.get(build.node_id)
+            if build.snapshot_id is not None:
+                await node.delete_snapshot(build.snapshot_id)
+            else:
+                await node.delete_build(build.id, layers)
+        except NotFound:
+            pass
+        except ControlError as error:
+            log.warning("build.left_on_node", build_id=build.id, node_id=build.node_id, reason=error.message)
+
+    async def _find(self, team: TeamRecord, ref: TemplateRef) -> tuple[TemplateRecord, str | None, BuildRecord | None]:
+        store = self._plane.store
+        found = await rows.find(
+            store,
+            team_id=team.id,
+            namespace=ref.namespace or team.slug,
+            name=ref.name,
+            tag=ref.tag_or_default,
+        )
+        if found is None:
+            hint = did_you_mean(ref.name, await rows.known_names(store, team.id))
+            raise NotFound(f"template {str(ref)!r} not found{hint}")
+        return found
+
+    async def _views(self, team: TeamRecord, found: list[TemplateRecord]) -> list[TemplateView]:
+        ids = [template.id for template in found]
+        names = await rows.aliases_of(self._plane.store, ids)
+        builds = await rows.latest_builds(self._plane.store, ids)
+        return [
+            TemplateView(template, names.get(template.id, []), *builds[template.id], owned=template.team_id == team.id)
+            for template in found
+            if template.id in builds
+        ]
