@@ -1,8 +1,8 @@
 """The lab's disk image: a Debian with what Emberbox needs, made once and kept by its recipe's hash.
 
-Three stages, each in the cache under the hash of what went into it: the distribution (mmdebstrap), on top of it the
-installed working tree (an overlay, so that a changed source file does not cost a new distribution), and the ext4
-image of both. Stages run natively, in a chroot: 15 times faster than in the lab, whose CPU is emulated.
+Stages, each in the cache under the hash of what went into it: the distribution (mmdebstrap), over it what
+`make install` fetches (an overlay), over that the working tree, and the ext4 image of all. A changed source file
+costs only the last two. Stages run natively, in a chroot: 15 times faster than in the lab, whose CPU is emulated.
 """
 
 from __future__ import annotations
@@ -51,8 +51,21 @@ PACKAGES = (
 # What the lab host itself loads; Emberbox asks for what else it needs (nftables' parts load on demand).
 HOST_MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "loop", "overlay", "erofs", "tun", "veth")
 
+# Files that say what `make install` fetches, besides all of tools/.
+INSTALL_INPUTS = (
+    "Makefile",
+    "requirements.txt",
+    "requirements-build.txt",
+    "requirements-dev.txt",
+    "agent/go.mod",
+    "agent/go.sum",
+)
+
+# Part of every stage's hash; count it up when a change of this module changes what the stages hold.
+REVISION = "2"
+
 DISK_GIB = 12
-KEEP_IMAGES = 2
+KEEP = 2
 _CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
@@ -89,7 +102,9 @@ def build(suite: str = "bookworm", *, install: bool = True) -> LabImage:
         boot = _boot_stage(cache, suite)
         base = _base_stage(cache, suite, boot)
         disk = _disk_stage(cache, base, install=install)
-        _forget_old_images(cache, keep=disk)
+        for used in (boot, base, disk):
+            os.utime(used)
+        _forget_old(cache)
     return LabImage(kernel=boot / "vmlinuz", initrd=boot / "initrd", disk=disk)
 
 
@@ -98,7 +113,7 @@ def build(suite: str = "bookworm", *, install: bool = True) -> LabImage:
 
 def _boot_stage(cache: Path, suite: str) -> Path:
     """The lab host's kernel, its modules and the initramfs that mounts the disk."""
-    stage = cache / f"boot-{_digest(suite, *HOST_MODULES, _read('initrd-init.sh'), _read('recipe.py'))}"
+    stage = cache / f"boot-{_digest(REVISION, suite, *HOST_MODULES, _read('initrd-init.sh'))}"
     if stage.exists():
         return stage
     say("fetching the kernel")
@@ -124,7 +139,7 @@ def _boot_stage(cache: Path, suite: str) -> Path:
 def _base_stage(cache: Path, suite: str, boot: Path) -> Path:
     """The distribution, with the lab's own init and the kernel's modules."""
     texts = [_read(name) for name in ("host-init.sh", "inittab", "sshd_config")]
-    stage = cache / f"base-{_digest(boot.name, suite, *PACKAGES, *texts)}"
+    stage = cache / f"base-{_digest(REVISION, boot.name, suite, *PACKAGES, *texts)}"
     if stage.exists():
         return stage
     say(f"making the {suite} system ({len(PACKAGES)} packages)")
@@ -153,33 +168,54 @@ def _base_stage(cache: Path, suite: str, boot: Path) -> Path:
     return stage
 
 
+def _tools_stage(cache: Path, base: Path, files: list[Path]) -> Path:
+    """What `make install` adds to the distribution: an overlay's upper, kept while the lists it installs from stay."""
+    inputs = [path for path in files if path.parts[0] == "tools" or str(path) in INSTALL_INPUTS]
+    stage = cache / f"tools-{_digest(REVISION, base.name, _read('install.sh'), _files_digest(inputs))}"
+    if stage.exists():
+        return stage
+    say("installing Emberbox's tools and packages (make install)")
+    with _unfinished(stage) as work:
+        with _overlay([base / "root"], work) as root:
+            _install_tree(files, root, cache / "install.log")
+        for name in ("scratch", "merged"):
+            shutil.rmtree(work / name)
+    return stage
+
+
 def _disk_stage(cache: Path, base: Path, *, install: bool) -> Path:
     """The ext4 image: the distribution and the installed working tree."""
     files = working_tree_files() if install else []
-    disk = cache / f"disk-{_digest(base.name, _read('install.sh'), _files_digest(files))}.img"
+    disk = cache / f"disk-{_digest(REVISION, base.name, _read('install.sh'), _files_digest(files))}.img"
     if disk.exists():
-        os.utime(disk)
         return disk
-    with tempfile.TemporaryDirectory(dir=cache, prefix="work-") as name:
-        work = Path(name)
-        with _overlay(base / "root", work) as root:
+    lowers = [base / "root"]
+    if install:
+        lowers.insert(0, _tools_stage(cache, base, files) / "upper")
+    with _scratch(cache) as work:
+        with _overlay(lowers, work) as root:
             if install:
                 say(f"installing the working tree ({len(files)} files)")
-                _copy_tree(files, root / "opt" / "emberbox")
-                _install_file(root, "usr/lib/emberbox-lab/install", _read("install.sh"), 0o755)
-                with _chroot_mounts(root):
-                    _run(
-                        "chroot",
-                        str(root),
-                        "/usr/lib/emberbox-lab/install",
-                        log=cache / "install.log",
-                        env=_registry_environment(),
-                    )
+                _install_tree(files, root, cache / "install.log")
             say("writing the disk image")
             unfinished = work / "disk.img"
             _run("mke2fs", "-q", "-t", "ext4", "-d", str(root), str(unfinished), f"{DISK_GIB}G")
         unfinished.rename(disk)
     return disk
+
+
+def _install_tree(files: list[Path], root: Path, log: Path) -> None:
+    """Put the tree into the image, without what an earlier one left, and run `make install` in it."""
+    place = root / "opt" / "emberbox"
+    for old in place.glob("*"):  # hidden folders hold what was installed, and stay
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    for path in files:
+        target = place / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(TREE / path, target, follow_symlinks=False)
+    _install_file(root, "usr/lib/emberbox-lab/install", _read("install.sh"), 0o755)
+    with _chroot_mounts(root):
+        _run("chroot", str(root), "/usr/lib/emberbox-lab/install", log=log, env=_registry_environment())
 
 
 # ---- the working tree ----
@@ -203,13 +239,6 @@ def _files_digest(files: list[Path]) -> str:
         digest.update(str(path).encode() + b"\0" + hashlib.sha256((TREE / path).read_bytes()).digest())
         digest.update(b"x" if os.access(TREE / path, os.X_OK) else b"-")
     return digest.hexdigest()
-
-
-def _copy_tree(files: list[Path], into: Path) -> None:
-    for path in files:
-        target = into / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(TREE / path, target, follow_symlinks=False)
 
 
 def _registry_environment() -> dict[str, str]:
@@ -283,11 +312,22 @@ def _unfinished(stage: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _overlay(lower: Path, work: Path) -> Iterator[Path]:
+def _scratch(cache: Path) -> Iterator[Path]:
+    """A folder that goes when the block ends, unless something is still mounted in it."""
+    work = Path(tempfile.mkdtemp(dir=cache, prefix="work-"))
+    try:
+        yield work
+    finally:
+        if unmounted(work):
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _overlay(lowers: list[Path], work: Path) -> Iterator[Path]:
     upper, scratch, merged = (work / name for name in ("upper", "scratch", "merged"))
     for path in (upper, scratch, merged):
         path.mkdir()
-    options = f"lowerdir={lower},upperdir={upper},workdir={scratch}"
+    options = f"lowerdir={':'.join(map(str, lowers))},upperdir={upper},workdir={scratch}"
     _run("mount", "-t", "overlay", "overlay", "-o", options, str(merged))
     try:
         yield merged
@@ -297,19 +337,21 @@ def _overlay(lower: Path, work: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _chroot_mounts(root: Path) -> Iterator[None]:
-    """Give the chroot /proc, /dev and the machine's resolver while something runs in it."""
+    """Give the chroot /proc, a few device nodes and the machine's resolver while something runs in it."""
     resolver = root / "etc" / "resolv.conf"
     with contextlib.ExitStack() as undo:
         resolver.unlink(missing_ok=True)
         shutil.copy2("/etc/resolv.conf", resolver)
         undo.callback(resolver.unlink, missing_ok=True)
-        for source, kind in (("proc", "proc"), ("/dev", "bind"), ("tmpfs", "tmpfs")):
-            target = root / ("tmp" if kind == "tmpfs" else source.lstrip("/"))
-            how = ["--rbind", "/dev"] if kind == "bind" else ["-t", kind, source]
-            _run("mount", *how, str(target))
-            if kind == "bind":
-                _run("mount", "--make-rslave", str(target))
-            undo.callback(_run, "umount", "-R", "-l", str(target))
+        for kind, name in (("proc", "proc"), ("tmpfs", "dev"), ("tmpfs", "tmp")):
+            _run("mount", "-t", kind, kind, str(root / name))
+            undo.callback(_run, "umount", "-l", str(root / name))
+        for name, minor in (("null", 3), ("zero", 5), ("full", 7), ("random", 8), ("urandom", 9)):
+            os.mknod(root / "dev" / name, stat.S_IFCHR | 0o666, os.makedev(1, minor))
+            os.chmod(root / "dev" / name, 0o666)
+        for name, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1")):
+            os.symlink(target, root / "dev" / name)
+        (root / "dev" / "shm").mkdir(mode=0o1777)
         yield
 
 
@@ -321,9 +363,28 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _forget_old_images(cache: Path, keep: Path) -> None:
-    """Keep the newest few disk images; each is over a gigabyte."""
-    images = sorted(cache.glob("disk-*.img"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in images[KEEP_IMAGES:]:
-        if path != keep and stat.S_ISREG(path.lstat().st_mode):
-            path.unlink()
+def _forget_old(cache: Path) -> None:
+    """Keep the newest few of each stage; a disk image alone is over a gigabyte."""
+    for kind in ("disk-*", "tools-*", "base-*", "boot-*"):
+        stages = sorted(cache.glob(kind), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in stages[KEEP:]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    for work in cache.glob("work-*"):  # left by a build that was killed; nobody else builds while the lock is ours
+        if unmounted(work):
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def unmounted(folder: Path) -> bool:
+    """Unmount what is on `folder`; True when nothing is mounted there or below any more."""
+
+    def below() -> list[str]:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        points = (line.split()[4] for line in lines)
+        return [point for point in points if point == str(folder) or point.startswith(f"{folder}/")]
+
+    for point in sorted(below(), key=len, reverse=True):
+        subprocess.run(["umount", "-l", point], check=False, timeout=30)
+    return not below()

@@ -226,7 +226,7 @@ async def test_a_missing_layer_fails_with_a_sentence_and_leaves_nothing(
 ) -> None:
     spec = replace(new_spec(), layers=(tmp_path / "gone.erofs",))
 
-    with pytest.raises(RuntimeFailure, match="gone.erofs"):
+    with pytest.raises(RuntimeFailure, match=r"gone\.erofs"):
         await runtime.start(spec)
 
     assert left_over(spec, instance) == []
@@ -262,7 +262,7 @@ async def test_a_damaged_memory_is_refused(runtime: FirecrackerRuntime, new_spec
         handle.seek(1024 * 1024)
         handle.write(b"damage")
 
-    with pytest.raises(SavedDamaged, match="memory.0"):
+    with pytest.raises(SavedDamaged, match=r"memory\.0"):
         await runtime.restore(new_spec("m2"), saved)
 
 

@@ -1,4 +1,4 @@
-"""The Firecracker and jailer programs: which release is pinned, where it comes from, and that it is what it should be."""
+"""The Firecracker and jailer programs: the pinned release, where it comes from, and that it is what it should be."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Transport:
                 status, answer = await self._exchange(head.encode("ascii") + content)
         except TimeoutError:
             raise ApiUnreachable(f"no answer to {method} {path} within {deadline_seconds:g} s") from None
-        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
+        except (OSError, EOFError, ValueError, IndexError, asyncio.LimitOverrunError) as error:
             raise ApiUnreachable(f"{method} {path}: {error or type(error).__name__}") from error
         if status >= 400:
             raise ApiError(method, path, status, _fault(answer))

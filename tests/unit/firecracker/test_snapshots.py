@@ -1,0 +1,209 @@
+"""Saved machines on disk: whole or refused, merged without a moment in which they are neither."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from emberbox.runtime import sparse
+from emberbox.runtime.errors import SavedDamaged
+from emberbox.runtime.firecracker import snapshots
+from emberbox.runtime.firecracker.chain import Chain, next_name
+from emberbox.runtime.firecracker.snapshots import Manifest, Piece
+
+PAGE = 4096
+
+
+def piece(folder: Path, number: int, content: dict[int, bytes]) -> Piece:
+    path = folder / f"memory.{number}"
+    with path.open("wb") as out:
+        out.truncate(64 * PAGE)
+        for page, value in content.items():
+            out.seek(page * PAGE)
+            out.write(value * PAGE)
+    return Piece(path.name, sparse.checksum(path))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, Manifest]:
+    """A saved machine with a base and two changes over it."""
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "state").write_bytes(b"devices")
+    (folder / "upper").write_bytes(b"disk")
+    manifest = Manifest(
+        firecracker="1.12.1",
+        cpu_count=1,
+        memory_mb=128,
+        layers=1,
+        pieces=(
+            piece(folder, 0, {0: b"a", 1: b"a", 2: b"a"}),
+            piece(folder, 1, {1: b"b", 2: b"b"}),
+            piece(folder, 2, {2: b"c"}),
+        ),
+        state_checksum=sparse.checksum(folder / "state"),
+    )
+    manifest.write(folder)
+    return folder, manifest
+
+
+def test_a_manifest_comes_back_as_it_was_written(saved: tuple[Path, Manifest]) -> None:
+    folder, manifest = saved
+
+    assert snapshots.read_manifest(folder) == manifest
+
+
+def test_merging_leaves_one_whole_piece_with_the_newest_pages(saved: tuple[Path, Manifest]) -> None:
+    folder, manifest = saved
+
+    merged = snapshots.merge(folder, manifest)
+
+    memory = (folder / merged.pieces[0].name).read_bytes()
+    assert [memory[page * PAGE : page * PAGE + 1] for page in range(4)] == [b"a", b"b", b"c", b"\0"]
+    assert snapshots.read_manifest(folder) == merged
+    assert sorted(path.name for path in folder.glob("memory.*")) == ["memory.3"]
+    snapshots.verify(folder, merged, set())
+
+
+def test_merging_does_not_touch_pieces_that_others_share(saved: tuple[Path, Manifest], tmp_path: Path) -> None:
+    folder, manifest = saved
+    other = tmp_path / "template.memory"
+    other.hardlink_to(folder / "memory.0")
+    before = other.read_bytes()
+
+    snapshots.merge(folder, manifest)
+
+    assert other.read_bytes() == before
+
+
+@pytest.mark.parametrize("step", ["clone", "overlay", "checksum"])
+def test_a_merge_that_fails_leaves_the_machine_as_it_was(
+    saved: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    folder, manifest = saved
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sparse, step, full)
+    with pytest.raises(OSError, match="No space left"):
+        snapshots.merge(folder, manifest)
+    monkeypatch.undo()
+
+    assert snapshots.read_manifest(folder) == manifest
+    assert not (folder / "merging").exists()
+    snapshots.verify(folder, manifest, set())
+    assert len(snapshots.merge(folder, manifest).pieces) == 1
+
+
+def damage_state(folder: Path) -> None:
+    (folder / "state").write_bytes(b"Devices")
+
+
+def lose_disk(folder: Path) -> None:
+    (folder / "upper").unlink()
+
+
+def lose_piece(folder: Path) -> None:
+    (folder / "memory.1").unlink()
+
+
+def flip_byte(folder: Path) -> None:
+    with (folder / "memory.2").open("r+b") as handle:
+        handle.seek(2 * PAGE + 1)
+        handle.write(b"?")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (damage_state, "state should have"),
+        (lose_disk, "disk is missing"),
+        (lose_piece, r"memory\.1 is missing"),
+        (flip_byte, r"memory\.2 should have"),
+    ],
+)
+def test_a_damaged_machine_is_refused_and_the_file_named(
+    saved: tuple[Path, Manifest], break_it: Callable[[Path], None], words: str
+) -> None:
+    folder, manifest = saved
+    break_it(folder)
+
+    with pytest.raises(SavedDamaged, match=words):
+        snapshots.verify(folder, manifest, set())
+
+
+def test_memory_found_right_once_is_not_read_again(
+    saved: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, manifest = saved
+    trusted: set[tuple[int, int, int]] = set()
+    snapshots.verify(folder, manifest, trusted)
+    read: list[str] = []
+    real = sparse.checksum
+
+    def spy(path: Path) -> str:
+        read.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(sparse, "checksum", spy)
+    snapshots.verify(folder, manifest, trusted)
+
+    assert read == ["state"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "cannot be read"),
+        ("{}", "cannot be read"),
+        ('{"format": 2}', "format 2, this version reads 1"),
+    ],
+)
+def test_a_manifest_that_is_not_one_is_refused(saved: tuple[Path, Manifest], text: str, words: str) -> None:
+    folder, _ = saved
+    (folder / "manifest.json").write_text(text)
+
+    with pytest.raises(SavedDamaged, match=words):
+        snapshots.read_manifest(folder)
+
+
+def test_a_manifest_without_memory_is_refused(saved: tuple[Path, Manifest]) -> None:
+    folder, _ = saved
+    fields = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**fields, "pieces": []}))
+
+    with pytest.raises(SavedDamaged, match="names no memory"):
+        snapshots.read_manifest(folder)
+
+
+def test_a_chain_grows_by_links_and_forgets_what_it_no_longer_names(
+    saved: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    folder, manifest = saved
+    chain = Chain(tmp_path / "chain")
+    chain.begin(manifest.pieces[:1], folder)
+
+    chain.replace(manifest.pieces[:2], folder)
+    chain.replace(manifest.pieces[1:], folder)
+
+    assert Chain(tmp_path / "chain").pieces == manifest.pieces[1:]
+    assert sorted(path.name for path in (tmp_path / "chain").glob("memory.*")) == ["memory.1", "memory.2"]
+    assert next_name(manifest.pieces) == "memory.3"
+    assert next_name(()) == "memory.0"
+
+
+def test_a_save_that_was_not_finished_makes_the_next_one_whole(saved: tuple[Path, Manifest], tmp_path: Path) -> None:
+    folder, manifest = saved
+    chain = Chain(tmp_path / "chain")
+    chain.begin(manifest.pieces[:1], folder)
+
+    chain.mark_unsure()
+
+    assert Chain(tmp_path / "chain").pieces == ()
+    chain.replace(manifest.pieces[:1], folder)
+    assert Chain(tmp_path / "chain").pieces == manifest.pieces[:1]

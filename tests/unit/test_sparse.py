@@ -1,0 +1,103 @@
+"""Sparse files are cloned, laid over each other and checked without reading their holes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from emberbox.runtime import sparse
+
+PAGE = 4096
+
+pages = st.dictionaries(st.integers(0, 63), st.integers(0, 255), max_size=12)
+
+
+def write(path: Path, content: dict[int, int], pages_total: int = 64) -> bytes:
+    """A file with a page of each given byte at each given page number and holes elsewhere; returns its bytes."""
+    with path.open("wb") as out:
+        out.truncate(pages_total * PAGE)
+        for number, value in content.items():
+            out.seek(number * PAGE)
+            out.write(bytes([value]) * PAGE)
+    return path.read_bytes()
+
+
+def test_a_clone_is_equal_sparse_and_independent(tmp_path: Path) -> None:
+    original = write(tmp_path / "a", {3: 1, 40: 2}, pages_total=16384)
+
+    sparse.clone(tmp_path / "a", tmp_path / "b")
+
+    write(tmp_path / "a", {3: 9}, pages_total=16384)
+    assert (tmp_path / "b").read_bytes() == original
+    assert sparse.allocated(tmp_path / "b") < 1024 * 1024
+
+
+def test_a_clone_never_replaces_a_file(tmp_path: Path) -> None:
+    write(tmp_path / "a", {0: 1})
+    write(tmp_path / "b", {0: 2})
+
+    with pytest.raises(FileExistsError):
+        sparse.clone(tmp_path / "a", tmp_path / "b")
+
+    assert (tmp_path / "b").read_bytes()[0] == 2
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(base=pages, changes=pages)
+def test_changes_laid_over_a_base_win_where_they_have_data(
+    tmp_path: Path, base: dict[int, int], changes: dict[int, int]
+) -> None:
+    write(tmp_path / "base", base)
+    write(tmp_path / "changes", changes)
+
+    written = sparse.overlay(tmp_path / "changes", tmp_path / "base")
+
+    assert (tmp_path / "base").read_bytes() == write(tmp_path / "expected", {**base, **changes})
+    assert written == len(changes) * PAGE
+
+
+def test_a_page_of_zeros_is_data_and_wins(tmp_path: Path) -> None:
+    write(tmp_path / "base", {5: 7})
+    write(tmp_path / "changes", {5: 0})
+
+    sparse.overlay(tmp_path / "changes", tmp_path / "base")
+
+    assert not any((tmp_path / "base").read_bytes())
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@given(content=pages)
+def test_digging_holes_changes_no_byte_and_drops_zero_pages(tmp_path: Path, content: dict[int, int]) -> None:
+    before = write(tmp_path / "a", content)
+
+    sparse.dig_holes(tmp_path / "a")
+
+    assert (tmp_path / "a").read_bytes() == before
+    kept = sum(length for _, length in sparse.data_ranges(tmp_path / "a"))
+    assert kept == PAGE * sum(1 for value in content.values() if value)
+
+
+def test_a_checksum_is_the_same_for_a_clone_and_differs_for_one_changed_byte(tmp_path: Path) -> None:
+    write(tmp_path / "a", {1: 1, 9: 2})
+    sparse.clone(tmp_path / "a", tmp_path / "b")
+    same = sparse.checksum(tmp_path / "b")
+
+    with (tmp_path / "b").open("r+b") as handle:
+        handle.seek(9 * PAGE + 17)
+        handle.write(b"x")
+
+    assert same == sparse.checksum(tmp_path / "a")
+    assert sparse.checksum(tmp_path / "b") != same
+
+
+def test_a_checksum_differs_when_the_file_was_cut(tmp_path: Path) -> None:
+    write(tmp_path / "a", {1: 1})
+    before = sparse.checksum(tmp_path / "a")
+
+    with (tmp_path / "a").open("r+b") as handle:
+        handle.truncate(32 * PAGE)
+
+    assert sparse.checksum(tmp_path / "a") != before
