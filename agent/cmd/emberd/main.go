@@ -19,6 +19,7 @@ import (
 	"emberbox/agent/internal/filesystem"
 	"emberbox/agent/internal/host"
 	"emberbox/agent/internal/logs"
+	"emberbox/agent/internal/ports"
 	"emberbox/agent/internal/process"
 	"emberbox/agent/internal/process/handler"
 	"emberbox/agent/internal/reaper"
@@ -26,6 +27,7 @@ import (
 	"emberbox/agent/internal/rpc"
 	"emberbox/agent/internal/sandbox"
 	"emberbox/agent/internal/server"
+	"emberbox/agent/internal/usage"
 	"emberbox/agent/internal/users"
 )
 
@@ -73,13 +75,16 @@ func run(address string) error {
 	db := users.Open()
 	reap := reaper.Start()
 	who := rpc.Who{State: state, Users: db}
-	table := handler.NewTable(state, reap, log)
-	api := &rest.API{State: state, Users: db, Log: log, Run: reap.Run}
+	table := handler.NewTable(state, reap, log, nil)
+	api := &rest.API{State: state, Users: db, Log: log, Run: reap.Run, Meter: usage.NewMeter(), Disk: -1}
 	srv := server.New(state, api, process.New(who, table), filesystem.New(who, log))
 
 	listener, err := net.Listen("tcp4", address)
 	if err != nil {
 		return err
+	}
+	if tcp, ok := listener.Addr().(*net.TCPAddr); ok {
+		go ports.New(uint16(tcp.Port), log).Run(stop)
 	}
 	log.Info("agent", "ready", "version", version, "address", listener.Addr().String())
 	failed := make(chan error, 1)

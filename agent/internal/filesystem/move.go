@@ -2,8 +2,10 @@ package filesystem
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"connectrpc.com/connect"
 
@@ -11,6 +13,7 @@ import (
 	"emberbox/agent/internal/asuser"
 	"emberbox/agent/internal/paths"
 	"emberbox/agent/internal/rpc"
+	"emberbox/agent/internal/transfer"
 )
 
 // Move renames an entry; missing parents of the destination are made.
@@ -30,7 +33,12 @@ func (s *Service) Move(_ context.Context, req *connect.Request[pb.MoveRequest]) 
 		if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
 			return err
 		}
-		return move(from, to)
+		err := os.Rename(from, to)
+		if errors.Is(err, syscall.EXDEV) {
+			// Another file system, or a directory of a read-only layer, which overlayfs cannot rename.
+			return transfer.Move(from, to)
+		}
+		return err
 	})
 	if err != nil {
 		return nil, rpc.FileError(err)
@@ -42,5 +50,3 @@ func (s *Service) Move(_ context.Context, req *connect.Request[pb.MoveRequest]) 
 	}
 	return connect.NewResponse(&pb.MoveResponse{Entry: e}), nil
 }
-
-func move(from, to string) error { return os.Rename(from, to) }

@@ -3,6 +3,7 @@ package filesystem
 
 import (
 	"net/http"
+	"sync"
 
 	"emberbox/agent/gen/filesystem/filesystemconnect"
 	"emberbox/agent/internal/logs"
@@ -13,16 +14,18 @@ import (
 
 // Service implements filesystem.Filesystem.
 type Service struct {
-	filesystemconnect.UnimplementedFilesystemHandler
 	who rpc.Who
 	log *logs.Log
+
+	mu       sync.Mutex
+	watchers map[string]*pending
 }
 
 var _ filesystemconnect.FilesystemHandler = (*Service)(nil)
 
 // New returns the service.
 func New(who rpc.Who, log *logs.Log) *Service {
-	return &Service{who: who, log: log}
+	return &Service{who: who, log: log, watchers: map[string]*pending{}}
 }
 
 // at returns the asking user and the absolute path meant.

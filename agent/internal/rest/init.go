@@ -72,6 +72,11 @@ func (a *API) Init(w http.ResponseWriter, r *http.Request) {
 		failWith(w, err)
 		return
 	}
+	// A machine saved while frozen is put to work by the first /init after its restore.
+	if err := a.Cgroups.Unfreeze(); err != nil {
+		failWith(w, err)
+		return
+	}
 	a.Log.Info("agent", "initialized", "lifecycle_id", req.LifecycleID)
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(http.StatusNoContent)

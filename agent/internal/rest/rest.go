@@ -8,13 +8,16 @@ import (
 	"io/fs"
 	"net/http"
 	"strconv"
+	"sync"
 	"syscall"
 
+	"emberbox/agent/internal/cgroup"
 	"emberbox/agent/internal/entry"
 	"emberbox/agent/internal/host"
 	"emberbox/agent/internal/logs"
 	"emberbox/agent/internal/paths"
 	"emberbox/agent/internal/sandbox"
+	"emberbox/agent/internal/usage"
 	"emberbox/agent/internal/users"
 )
 
@@ -25,6 +28,14 @@ type API struct {
 	Log   *logs.Log
 	// Run runs a program of the machine as root.
 	Run host.Runner
+	// Meter measures the machine.
+	Meter *usage.Meter
+	// Cgroups holds what clients started; nil where the machine has none of its own.
+	Cgroups *cgroup.Manager
+	// Disk is an open directory of the writable disk; negative for the root.
+	Disk int
+
+	frozen sync.Mutex // one freeze operation at a time
 }
 
 // failure is an error with the status it answers.

@@ -21,11 +21,13 @@ var errToken = errors.New("missing or wrong access token: send the sandbox's tok
 // signatures, control routes another secret.
 var open = map[string]bool{"/health": true, "/files": true}
 
-// secured asks for the sandbox's token on everything that is not open.
+// secured asks for the sandbox's token on everything that is not open. The
+// node's secret opens the rest as well: it runs build steps before there is a token.
 func secured(state *sandbox.State, next http.Handler) http.Handler {
 	writer := connect.NewErrorWriter()
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !state.Secured() || open[r.URL.Path] || controlRoutes[r.URL.Path] || state.IsToken(r.Header.Get(tokenHeader)) {
+		if !state.Secured() || open[r.URL.Path] || controlRoutes[r.URL.Path] || state.IsToken(r.Header.Get(tokenHeader)) ||
+			state.IsControl(r.Header.Get(controlHeader)) {
 			next.ServeHTTP(w, r)
 			return
 		}

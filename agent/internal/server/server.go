@@ -30,10 +30,17 @@ func New(state *sandbox.State, api *rest.API, process processconnect.ProcessHand
 
 	mux.HandleFunc("GET /health", api.Health)
 	mux.HandleFunc("GET /envs", api.Envs)
+	mux.HandleFunc("GET /metrics", api.Metrics)
 	mux.HandleFunc("/files", api.Files)
+	mux.HandleFunc("POST /files/compose", api.Compose)
 
 	mux.Handle("POST /init", control(state, api.Init))
 	mux.Handle("GET /logs", control(state, api.Logs))
+	mux.Handle("POST /freeze", control(state, api.Freeze))
+	mux.Handle("POST /unfreeze", control(state, api.Unfreeze))
+	mux.Handle("POST /collapse", control(state, api.Collapse))
+	mux.Handle("POST /fsfreeze", control(state, api.FSFreeze))
+	mux.Handle("POST /fsthaw", control(state, api.FSThaw))
 	mux.HandleFunc("/", notFound)
 
 	protocols := new(http.Protocols)

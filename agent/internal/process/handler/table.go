@@ -14,6 +14,7 @@ import (
 
 	pb "emberbox/agent/gen/process"
 	"emberbox/agent/internal/asuser"
+	"emberbox/agent/internal/cgroup"
 	"emberbox/agent/internal/logs"
 	"emberbox/agent/internal/paths"
 	"emberbox/agent/internal/reaper"
@@ -34,15 +35,16 @@ type Table struct {
 	state  *sandbox.State
 	reaper *reaper.Reaper
 	log    *logs.Log
+	groups *cgroup.Manager
 
 	mu      sync.Mutex
 	running map[uint32]*Process
 	recent  map[uint32]*Process
 }
 
-// NewTable returns an empty table.
-func NewTable(state *sandbox.State, r *reaper.Reaper, log *logs.Log) *Table {
-	return &Table{state: state, reaper: r, log: log, running: map[uint32]*Process{}, recent: map[uint32]*Process{}}
+// NewTable returns an empty table; groups may be nil.
+func NewTable(state *sandbox.State, r *reaper.Reaper, log *logs.Log, groups *cgroup.Manager) *Table {
+	return &Table{state: state, reaper: r, log: log, groups: groups, running: map[uint32]*Process{}, recent: map[uint32]*Process{}}
 }
 
 // Start starts a program as its user and subscribes to its output from the first byte.
@@ -81,6 +83,9 @@ func (t *Table) Start(spec Spec) (*Process, *Subscription, error) {
 	}
 	if os.Geteuid() == 0 {
 		attr.Sys.Credential = &syscall.Credential{Uid: u.UID, Gid: u.GID, Groups: u.Groups}
+	}
+	if fd, ok := t.groups.For(spec.PTY != nil); ok {
+		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, fd
 	}
 	pid, exit, err := t.reaper.Fork(path, argv, attr)
 	fs.shutChild()
