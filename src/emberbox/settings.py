@@ -49,6 +49,10 @@ class Settings(BaseSettings):
     """SQLAlchemy async URL. Empty: SQLite in `data_dir`/api."""
     node_address: str = ""
     """gRPC target of the node. Empty: the unix socket in `data_dir`/run."""
+    node_tls_cert: Path | None = None
+    node_tls_key: Path | None = None
+    node_tls_ca: Path | None = None
+    """Mutual TLS between api and node, for a TCP `node_address`: each side's certificate and key, and who signs them."""
     edge_address: str = ""
     """gRPC target of the edge. Empty: the unix socket in `data_dir`/run."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
