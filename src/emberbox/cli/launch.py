@@ -36,8 +36,7 @@ KEPT_VARIABLES = ("PATH", "LANG", "LANGUAGE", "TZ", "SSL_CERT_FILE", "SSL_CERT_D
 KEPT_PREFIXES = ("EMBERBOX_", "LC_", "COVERAGE_")
 
 SYSTEM_DIRECTORIES = tuple(
-    Path(p)
-    for p in ("/bin", "/dev", "/etc", "/lib", "/lib64", "/proc", "/run", "/sbin", "/sys", "/tmp", "/usr", "/var")
+    Path(p) for p in ("/dev", "/etc", "/lib", "/lib64", "/proc", "/run", "/sys", "/tmp", "/usr", "/var")
 )
 IMAGE_FILE_SYSTEMS = frozenset({"overlay", "erofs", "squashfs", "nsfs"})
 

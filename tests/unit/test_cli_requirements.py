@@ -1,0 +1,74 @@
+"""What `doctor` and `up` find out about a host."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from emberbox.cli.requirements import (
+    Requirement,
+    Unmet,
+    Verdict,
+    check_agent,
+    check_disk,
+    check_ports,
+    check_program,
+)
+from emberbox.settings import Settings
+
+
+def test_a_taken_port_is_named_with_the_option_that_changes_it(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+
+        with pytest.raises(Unmet) as unmet:
+            check_ports(Settings(data_dir=tmp_path, edge_port=port, api_port=_free_port()))
+
+    assert f"port {port} on 127.0.0.1 is taken" in unmet.value.detail
+    assert "--edge-port" in unmet.value.remedy
+
+
+def test_free_ports_are_found_free(tmp_path: Path) -> None:
+    assert "free" in check_ports(Settings(data_dir=tmp_path, api_port=_free_port(), edge_port=_free_port()))
+
+
+def test_a_missing_program_says_which_package_brings_it() -> None:
+    with pytest.raises(Unmet) as unmet:
+        check_program("mkfs.erofs-of-nowhere", "--version")
+
+    assert unmet.value.detail == "mkfs.erofs-of-nowhere is not installed"
+
+
+def test_a_program_tells_its_version() -> None:
+    assert "bash" in check_program("bash", "--version")
+
+
+def test_a_missing_agent_says_how_to_build_it(tmp_path: Path) -> None:
+    with pytest.raises(Unmet) as unmet:
+        check_agent(Settings(agent_path=tmp_path / "emberd"))
+
+    assert "make agent" in unmet.value.remedy
+
+
+def test_the_disk_is_measured_where_the_data_will_be(tmp_path: Path) -> None:
+    assert str(tmp_path) in check_disk(Settings(data_dir=tmp_path / "not" / "yet"))
+
+
+def test_an_optional_requirement_that_is_not_met_is_absent_and_not_missing(tmp_path: Path) -> None:
+    def unmet(_: Settings) -> str:
+        raise Unmet("no", "do")
+
+    settings = Settings(data_dir=tmp_path)
+
+    assert Requirement("x", unmet).examine(settings).verdict is Verdict.MISSING
+    assert Requirement("x", unmet, optional=True).examine(settings).verdict is Verdict.ABSENT
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
