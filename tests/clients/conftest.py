@@ -1,0 +1,173 @@
+"""Fixtures of the client tests: an Emberbox, sandboxes that end with their test, and plain HTTP beside the clients.
+
+The same files run against every runtime. Set E2B_API_URL, E2B_SANDBOX_URL and E2B_API_KEY to use an Emberbox that
+runs; without them one is started for the run, ended after it, and counted: nothing of it may be left on the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2b import AsyncSandbox, Sandbox
+
+from tests.clients.support import instance, leaks
+from tests.clients.support.instance import Emberbox
+from tests.clients.support.raw import Agent, Api
+from tests.clients.support.shared import SharedEmberbox
+from tests.clients.support.timing import seconds, whole_seconds
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(seconds(120)))
+
+
+@pytest.fixture(scope="session")
+def emberbox(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[Emberbox]:
+    given = instance.from_environment()
+    if given is not None:
+        with _client_environment(given):
+            yield given
+        return
+
+    base = tmp_path_factory.getbasetemp()
+    shared = SharedEmberbox(base if worker_id == "master" else base.parent)
+    own = shared.take()
+    try:
+        with _client_environment(own):
+            yield own
+    finally:
+        last = shared.give_back()
+        if last is not None:
+            end_and_count(last)
+
+
+def end_and_count(emberbox: Emberbox) -> None:
+    """End an Emberbox that the tests started and fail if anything of it is left on the host."""
+    tag = leaks.instance_tag(emberbox)
+    api = Api(emberbox)
+    forgotten = [each["sandboxID"] for each in api.list_all()]
+    for sandbox_id in forgotten:
+        api.delete(f"/sandboxes/{sandbox_id}")
+    running = leaks.holdings(emberbox, tag)
+    # The check must be able to fail: an instance that runs does have processes.
+    assert running.processes, "the leak check does not see the running instance"
+
+    emberbox.down()
+
+    left = leaks.holdings(emberbox, tag)
+    assert left.empty(), f"left on the host after `emberbox down`:\n{left}"
+    instance.remove(emberbox)
+    assert not forgotten, f"sandboxes that no test killed: {forgotten}"
+
+
+@contextlib.contextmanager
+def _client_environment(emberbox: Emberbox) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in emberbox.client_env}
+    os.environ.update(emberbox.client_env)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def worker_id(request: pytest.FixtureRequest) -> str:
+    return getattr(request.config, "workerinput", {}).get("workerid", "master")
+
+
+@pytest.fixture(scope="session")
+def local(emberbox: Emberbox) -> Emberbox:
+    """The Emberbox, when it runs on this host and was started by these tests."""
+    if emberbox.data_dir is None:
+        pytest.skip("needs an Emberbox on this host that the tests started; this one was given by E2B_API_URL")
+    return emberbox
+
+
+@pytest.fixture
+def api(emberbox: Emberbox) -> Iterator[Api]:
+    """The REST API without a client's interpretation."""
+    with contextlib.closing(Api(emberbox)) as it:
+        yield it
+
+
+@pytest.fixture
+def agent_of(emberbox: Emberbox) -> Iterator[Callable[..., Agent]]:
+    """Plain HTTP to a sandbox through the edge: `agent_of(sandbox, port=8000)`."""
+    with contextlib.ExitStack() as stack:
+
+        def make(sandbox: Any, port: int = 49983, **options: Any) -> Agent:
+            return stack.enter_context(contextlib.closing(Agent(emberbox, sandbox, port, **options)))
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def sandbox(emberbox: Emberbox) -> Iterator[Sandbox]:
+    """A sandbox shared by a module's tests; they use paths and processes of their own in it."""
+    shared = Sandbox.create(timeout=whole_seconds(600))
+    yield shared
+    shared.kill()
+
+
+@pytest.fixture
+def make_sandbox(emberbox: Emberbox) -> Iterator[Callable[..., Sandbox]]:
+    """Creates sandboxes that are killed when the test ends."""
+    made: list[Sandbox] = []
+
+    def make(template: str | None = None, **options: Any) -> Sandbox:
+        options.setdefault("timeout", whole_seconds(120))
+        made.append(Sandbox.create(template, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.kill()
+
+
+@pytest.fixture
+async def make_async_sandbox(emberbox: Emberbox) -> AsyncIterator[Callable[..., Any]]:
+    made: list[AsyncSandbox] = []
+
+    async def make(template: str | None = None, **options: Any) -> AsyncSandbox:
+        options.setdefault("timeout", whole_seconds(120))
+        made.append(await AsyncSandbox.create(template, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        await each.kill()
+
+
+@pytest.fixture
+def folder(sandbox: Sandbox, request: pytest.FixtureRequest) -> str:
+    """A directory in the shared sandbox that only this test uses."""
+    name = "".join(c if c.isalnum() else "_" for c in request.node.name)
+    path = f"/home/user/{name}"
+    sandbox.files.make_dir(path)
+    return path
+
+
+@pytest.fixture
+def own_emberbox() -> Iterator[Emberbox]:
+    """An Emberbox of the test's own, to break."""
+    if instance.from_environment() is not None:
+        pytest.skip("breaks the Emberbox it uses; this one was given by E2B_API_URL")
+    own = instance.start()
+    try:
+        with _client_environment(own):
+            yield own
+    finally:
+        end_and_count(own)

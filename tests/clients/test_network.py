@@ -1,0 +1,190 @@
+"""What a sandbox may reach. The targets are namespaces that these tests made; nothing goes to the internet."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from e2b import Sandbox
+
+from tests.clients.support.timing import eventually, seconds
+
+# Outside every private and special range that a sandbox is kept from, but never routed beyond this host:
+# the namespace's own route is more specific than any other.
+TARGET_NETWORKS = [ipaddress.ip_network(f"192.88.98.{n}/30") for n in range(0, 256, 4)]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A host of its own with a web server on port 80, reachable from this host by one veth pair."""
+
+    address: str
+    host_side: str
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def target(local) -> Iterator[Target]:
+    if os.geteuid() != 0:
+        pytest.skip("making a network namespace needs root")
+    network = TARGET_NETWORKS[os.getpid() % len(TARGET_NETWORKS)]
+    host_side, address = (str(each) for each in network.hosts())
+    name = f"cltest{os.getpid() % 100000}"
+    _ip("netns", "add", name)
+    try:
+        _ip("link", "add", f"{name}a"[:15], "type", "veth", "peer", "name", f"{name}b"[:15], "netns", name)
+        _ip("addr", "add", f"{host_side}/30", "dev", f"{name}a"[:15])
+        _ip("link", "set", f"{name}a"[:15], "up")
+        _ip("-n", name, "addr", "add", f"{address}/30", "dev", f"{name}b"[:15])
+        _ip("-n", name, "link", "set", f"{name}b"[:15], "up")
+        _ip("-n", name, "link", "set", "lo", "up")
+        _ip("-n", name, "route", "add", "default", "via", host_side)
+        server = subprocess.Popen(
+            ["ip", "netns", "exec", name, sys.executable, "-m", "http.server", "80", "--bind", address],
+            cwd="/var/empty" if os.path.isdir("/var/empty") else "/proc/self/task",
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            eventually(lambda: _connects_from_here(address), within=10, what="the target listens")
+            yield Target(address, host_side)
+        finally:
+            server.kill()
+            server.wait()
+    finally:
+        _ip("netns", "del", name)
+
+
+def _connects_from_here(address: str) -> bool:
+    import socket
+
+    try:
+        socket.create_connection((address, 80), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def reaches(sandbox: Sandbox, address: str, port: int = 80) -> bool:
+    script = f"timeout 3 bash -c 'exec 3<>/dev/tcp/{address}/{port}' 2>/dev/null && echo yes || echo no"
+    return sandbox.commands.run(script, timeout=seconds(20)).stdout.strip() == "yes"
+
+
+def test_the_internet_is_open_by_default(make_sandbox, target):
+    assert reaches(make_sandbox(), target.address)
+
+
+def test_no_internet_access_closes_everything(make_sandbox, target):
+    sandbox = make_sandbox(allow_internet_access=False)
+
+    assert not reaches(sandbox, target.address)
+    assert sandbox.commands.run("echo still here").stdout == "still here\n"
+    assert sandbox.get_info().allow_internet_access is False
+
+
+def test_a_denied_network_is_closed(make_sandbox, target):
+    sandbox = make_sandbox(network={"deny_out": [f"{target.address}/32"]})
+
+    assert not reaches(sandbox, target.address)
+
+
+def test_other_networks_stay_open(make_sandbox, target):
+    sandbox = make_sandbox(network={"deny_out": ["203.0.113.0/24"]})
+
+    assert reaches(sandbox, target.address)
+
+
+def test_allow_wins_over_deny(make_sandbox, target):
+    sandbox = make_sandbox(network={"deny_out": ["0.0.0.0/0"], "allow_out": [target.address]})
+
+    assert reaches(sandbox, target.address)
+
+
+def test_deny_all_without_allow_closes_everything(make_sandbox, target):
+    sandbox = make_sandbox(network={"deny_out": ["0.0.0.0/0"], "allow_out": ["203.0.113.7"]})
+
+    assert not reaches(sandbox, target.address)
+
+
+def test_rules_of_a_running_sandbox_are_replaced(make_sandbox, target):
+    sandbox = make_sandbox()
+
+    before = reaches(sandbox, target.address)
+    sandbox.update_network({"deny_out": [target.address]})
+    denied = reaches(sandbox, target.address)
+    sandbox.update_network({})
+    after = reaches(sandbox, target.address)
+
+    assert (before, denied, after) == (True, False, True)
+
+
+def test_rules_are_kept_over_pause_and_resume(make_sandbox, target):
+    sandbox = make_sandbox(network={"deny_out": [target.address]})
+
+    sandbox.pause()
+    frozen = reaches(sandbox.connect(), target.address)
+    sandbox.pause(mode="filesystem")
+    restarted = reaches(sandbox.connect(), target.address)
+
+    assert (frozen, restarted) == (False, False)
+
+
+def test_info_shows_the_rules(make_sandbox, emberbox):
+    sandbox = make_sandbox(network={"deny_out": ["0.0.0.0/0"], "allow_out": ["198.51.100.0/24"]})
+
+    network = sandbox.get_info().network
+
+    assert network["deny_out"] == ["0.0.0.0/0"]
+    assert network["allow_out"] == ["198.51.100.0/24"]
+
+
+def test_the_host_and_its_networks_are_never_reached(make_sandbox, target, emberbox):
+    sandbox = make_sandbox(network={"allow_out": ["0.0.0.0/0"]})
+    gateway = sandbox.commands.run("ip route 2>/dev/null | awk '/default/ {print $3}' || true").stdout.strip()
+    api_port = int(emberbox.api_url.rsplit(":", 1)[1])
+
+    assert not reaches(sandbox, target.host_side, api_port)
+    assert not reaches(sandbox, "169.254.169.254")
+    assert not reaches(sandbox, "127.0.0.1", api_port)
+    for port in (api_port, 22):
+        assert not gateway or not reaches(sandbox, gateway, port)
+
+
+def test_sandboxes_do_not_reach_each_other(make_sandbox, local):
+    one, two = make_sandbox(), make_sandbox()
+    two.commands.run("exec python3 -m http.server 8000 --bind 0.0.0.0", background=True, timeout=0)
+    addresses = two.commands.run("hostname -I || true").stdout.split()
+
+    assert not any(reaches(one, address, 8000) for address in addresses)
+    assert not any(reaches(one, address, 49983) for address in addresses)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"denyOut": ["not-an-address"]},
+        {"denyOut": ["300.1.1.1"]},
+        {"denyOut": ["10.0.0.0/33"]},
+        {"denyOut": ["example.com"]},
+        {"allowOut": ["example.com"]},
+        {"allowOut": ["-bad-.example"], "denyOut": ["0.0.0.0/0"]},
+        {"allowOut": "1.2.3.4"},
+        {"denyOut": [5]},
+    ],
+    ids=str,
+)
+def test_rules_that_make_no_sense_are_a_bad_request(api, network):
+    answer = api.post("/v2/sandboxes", json={"templateID": "base", "network": network})
+    if answer.status_code == 201:
+        Sandbox.kill(answer.json()["sandboxID"])
+
+    assert answer.status_code == 400
+    assert answer.json()["message"]
