@@ -1,0 +1,117 @@
+"""The store of layers: read-only EROFS images, named by the SHA-256 of their bytes.
+
+A layer is written beside the store and renamed into it when it is whole, so that what has a name is complete.
+Layers carry ordinary ids (0, 1000); a runtime shifts them when it mounts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from emberbox.commands import CommandFailed, run
+from emberbox.images.errors import ImageError
+
+SUFFIX = ".erofs"
+_PACK_SECONDS = 1800.0
+_UUID = "00000000-0000-0000-0000-000000000000"
+"""A random one would give equal content another digest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    digest: str
+    """Hex SHA-256."""
+    path: Path
+    size_bytes: int
+
+
+class LayerStore:
+    """Layers in one folder, as `<digest>.erofs`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, digest: str) -> Path | None:
+        """Where a layer is; None when it is not here."""
+        path = self.directory / f"{digest}{SUFFIX}"
+        return path if path.is_file() else None
+
+    def digests(self) -> list[str]:
+        """Every layer here."""
+        return sorted(path.name.removesuffix(SUFFIX) for path in self.directory.glob(f"*{SUFFIX}"))
+
+    def remove(self, digest: str) -> bool:
+        """Delete a layer; False when it is not here. Machines that have it mounted keep it until they end."""
+        path = self.directory / f"{digest}{SUFFIX}"
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    async def pack(self, root: Path) -> Layer:
+        """Make a layer of the folder `root`, owners, times and extended attributes included.
+
+        The same content gives the same digest, whatever the folder is called and whenever it is packed.
+
+        Raises:
+            ImageError: the disk is full, or mkfs.erofs failed.
+        """
+        async with self._draft() as draft:
+            # -T0 is the date of the image, --preserve-mtime (which must follow it) that of its files.
+            command = ("mkfs.erofs", "--quiet", "-T0", "--preserve-mtime", f"-U{_UUID}", draft, root)
+            try:
+                await run(command, timeout=_PACK_SECONDS)
+            except CommandFailed as error:
+                raise ImageError(f"the layer could not be packed: {error}") from error
+            return await asyncio.to_thread(self._keep, draft)
+
+    async def take_copy(self, source: Path) -> Layer:
+        """Put a finished layer file from elsewhere into the store; a hard link where that is possible."""
+        async with self._draft() as draft:
+            await asyncio.to_thread(link_or_copy, source, draft)
+            return await asyncio.to_thread(self._keep, draft)
+
+    @contextlib.asynccontextmanager
+    async def _draft(self) -> AsyncIterator[Path]:
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".draft-", dir=self.directory) as folder:
+            yield Path(folder) / "layer"
+
+    def _keep(self, draft: Path) -> Layer:
+        digest = file_digest(draft)
+        target = self.directory / f"{digest}{SUFFIX}"
+        if not target.exists():
+            descriptor = os.open(draft, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            draft.chmod(0o400)
+            draft.rename(target)
+        return Layer(digest, target, target.stat().st_size)
+
+
+def file_digest(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a copy of it on another file system."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+            raise
+        shutil.copyfile(source, target)
