@@ -72,15 +72,22 @@ def names(prefix: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _entered(name: str) -> Iterator[None]:
+def opened(name: str) -> Iterator[int]:
+    """A descriptor of a namespace."""
     descriptor = os.open(DIRECTORY / name, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _entered(name: str) -> Iterator[None]:
+    with opened(name) as descriptor:
         if _libc.setns(descriptor, _CLONE_NEWNET) != 0:
             error = ctypes.get_errno()
             raise OSError(error, f"network namespace {name} cannot be entered: {os.strerror(error)}")
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _in_own_thread(function: Callable[[], _T]) -> _T:

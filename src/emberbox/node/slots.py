@@ -1,0 +1,301 @@
+"""Slots: network namespaces with their addresses and firewall, prepared ahead of need.
+
+A slot has four addresses of `settings.slot_network`: the network, the host's end of the veth pair, the machine, the
+broadcast. Its number is all that is needed to find every part of it again. The namespace belongs to the host's user
+namespace: root inside a container cannot change anything in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from ipaddress import IPv4Interface
+from pathlib import Path
+
+import structlog
+
+from emberbox.linux import netns, taps
+from emberbox.linux.netlink import Netlink
+from emberbox.node.dns import Forwarder
+from emberbox.node.errors import NetworkFailure, NodeFull
+from emberbox.node.firewall import (
+    Firewall,
+    NetworkPolicy,
+    Rules,
+    host_address,
+    interface_name,
+    machine_address,
+    parse_policy,
+)
+from emberbox.node.model import OPEN_NETWORK
+from emberbox.runtime.base import Slot
+from emberbox.settings import Settings
+
+__all__ = ["NetworkPolicy", "Slots"]
+
+log = structlog.get_logger("emberbox.node")
+
+_INSIDE = "eth0"
+_REUSE_AFTER_SECONDS = 10.0
+"""An address rests after its machine: late packets and clients of the old one must not meet the new one."""
+_CHECK_SECONDS = 15.0
+_RETRY_SECONDS = 5.0
+
+# In the namespace. It belongs to the host's user namespace, so that low ports and ping need to be given to everybody.
+_INSIDE_SYSCTLS = {
+    "net/ipv4/ip_unprivileged_port_start": "0",
+    "net/ipv4/ping_group_range": "0 2147483647",
+    "net/ipv6/conf/default/disable_ipv6": "1",
+}
+
+
+class Slots:
+    """The node's slots: a pool of prepared ones, and those in use."""
+
+    def __init__(self, settings: Settings, *, taps: bool = False) -> None:
+        """`taps`: give every slot a tap for a microVM."""
+        self._settings = settings
+        self._network = settings.slot_network
+        self._taps = taps
+        self._firewall = Firewall(settings)
+        self._forwarder = Forwarder(self._network, settings.dns_upstreams, self._firewall.allow_names)
+        self._ready: deque[Slot] = deque()
+        self._in_use: dict[int, Slot] = {}
+        self._policies: dict[int, Rules] = {}
+        self._left_over: set[int] = set()
+        self._resting: deque[tuple[float, int]] = deque()
+        self._next = 0
+        self._making = 0
+        self._wanted = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # ---- life
+
+    async def start(self) -> None:
+        """Set up the host's side and fill the pool.
+
+        Raises:
+            NetworkFailure: a part of the host's network cannot be set up; says which.
+        """
+        self._left_over = set(await asyncio.to_thread(self._found))
+        await asyncio.to_thread(_enable_forwarding)
+        await self._forwarder.start()
+        try:
+            await self._firewall.start(self._forwarder.port)
+            for _ in range(self._settings.slots_ready):
+                self._ready.append(await self._make())
+        except BaseException:
+            await self.close()
+            raise
+        self._own(self._refill())
+        self._own(self._watch_firewall())
+
+    async def close(self) -> None:
+        """End the forwarder and the unused slots. Slots in use stay, with their rules."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._forwarder.close()
+        unused = [slot.index for slot in self._ready]
+        self._ready.clear()
+        for index in unused:
+            await asyncio.to_thread(self._unmake, index)
+        with contextlib.suppress(NetworkFailure):
+            if self._in_use or self._left_over:
+                await self._firewall.remove(unused)
+            else:
+                await self._firewall.clear()
+
+    # ---- for the node
+
+    async def take(self) -> Slot:
+        """A slot with the open policy, from the pool or made now.
+
+        Raises:
+            NodeFull: every address of the slot network is in use.
+            NetworkFailure: it could not be made.
+        """
+        slot = self._ready.popleft() if self._ready else await self._make()
+        self._in_use[slot.index] = slot
+        self._wanted.set()
+        return slot
+
+    async def give_back(self, slot: Slot) -> None:
+        """Take a slot apart. Idempotent."""
+        if self._in_use.pop(slot.index, None) is None:
+            return
+        await self._remove(slot.index)
+
+    async def adopt(self, index: int) -> Slot:
+        """Take over the slot of a machine that outlived the node's last process.
+
+        Raises:
+            NetworkFailure: its namespace is gone.
+        """
+        slot = self._slot(index)
+        if not await asyncio.to_thread((netns.DIRECTORY / slot.netns).exists):
+            raise NetworkFailure(f"the network namespace {slot.netns} is gone")
+        self._left_over.discard(index)
+        self._in_use[index] = slot
+        return slot
+
+    async def apply(self, slot: Slot, policy: NetworkPolicy) -> None:
+        """Replace a slot's policy in one step; connections that it forbids end.
+
+        Raises:
+            BadValue: the policy has an entry that cannot be used.
+            NetworkFailure: the rules were refused; the old policy stays.
+        """
+        rules = parse_policy(policy)
+        await self._firewall.apply(slot, rules)
+        self._remember(slot.index, rules)
+
+    async def sweep(self, keep: frozenset[int]) -> list[str]:
+        """Remove slots that an earlier process left and that are neither in `keep` nor in use here."""
+        mine = {slot.index for slot in self._ready} | self._in_use.keys() | {index for _, index in self._resting}
+        doomed = sorted(set(await asyncio.to_thread(self._found)) - mine - keep)
+        doomed = [index for index in doomed if index in self._left_over]
+        for index in doomed:
+            self._left_over.discard(index)
+            await self._remove(index)
+        return [f"slot {interface_name(self._settings.instance, index)}" for index in doomed]
+
+    # ---- making and removing
+
+    def _slot(self, index: int) -> Slot:
+        return Slot(
+            index=index,
+            netns=interface_name(self._settings.instance, index),
+            host_address=host_address(self._network, index),
+            address=machine_address(self._network, index),
+            tap=taps.NAME if self._taps else None,
+        )
+
+    async def _make(self) -> Slot:
+        slot = self._slot(self._free_index())
+        self._making += 1
+        try:
+            await asyncio.to_thread(self._build, slot)
+            await self._firewall.add(slot)
+        except BaseException as error:
+            await asyncio.shield(self._remove(slot.index))
+            if isinstance(error, OSError):
+                raise NetworkFailure(f"slot {slot.netns} could not be made: {error}") from error
+            raise
+        finally:
+            self._making -= 1
+        self._remember(slot.index, parse_policy(OPEN_NETWORK))
+        return slot
+
+    def _free_index(self) -> int:
+        if self._resting and self._resting[0][0] <= time.monotonic():
+            return self._resting.popleft()[1]
+        while self._next in self._left_over or self._next in self._in_use:
+            self._next += 1
+        if self._next >= self._network.num_addresses // 4:
+            raise NodeFull(
+                f"all {self._network.num_addresses // 4} slots of {self._network} are in use; "
+                "give the node a larger EMBERBOX_SLOT_NETWORK"
+            )
+        self._next += 1
+        return self._next - 1
+
+    def _build(self, slot: Slot) -> None:
+        """In a thread: the namespace, the veth pair, addresses, routes."""
+        name = slot.netns
+
+        def inside() -> None:
+            for key, value in _INSIDE_SYSCTLS.items():
+                _write_sysctl(key, value)
+            with Netlink() as netlink:
+                netlink.set_up("lo")
+
+        def connect() -> None:
+            with Netlink() as netlink:
+                netlink.add_address(_INSIDE, IPv4Interface(f"{slot.address}/30"))
+                netlink.set_up(_INSIDE)
+                netlink.add_default_route(slot.host_address)
+            if slot.tap is not None:
+                taps.add(slot.address, slot.host_address)
+
+        netns.create(name, inside)
+        with netns.opened(name) as namespace, Netlink() as netlink:
+            netlink.add_veth(name, _INSIDE, namespace)
+            _write_sysctl(f"net/ipv6/conf/{name}/disable_ipv6", "1")
+            netlink.add_address(name, IPv4Interface(f"{slot.host_address}/30"))
+            netlink.set_up(name)
+        netns.run_in(name, connect)
+
+    async def _remove(self, index: int) -> None:
+        self._policies.pop(index, None)
+        self._forwarder.forget(index)
+        await asyncio.to_thread(self._unmake, index)
+        await self._firewall.remove([index])
+        self._resting.append((time.monotonic() + _REUSE_AFTER_SECONDS, index))
+
+    def _unmake(self, index: int) -> None:
+        """In a thread. The link goes first, and at once: with the namespace alone it would go some time later."""
+        name = interface_name(self._settings.instance, index)
+        with Netlink() as netlink:
+            netlink.delete(name)
+        netns.delete(name)
+
+    def _remember(self, index: int, rules: Rules) -> None:
+        self._policies[index] = rules
+        self._forwarder.configure(
+            index, domains=rules.domains, listed_only=not rules.reaches_anywhere, upstreams=rules.dns_servers
+        )
+
+    def _found(self) -> list[int]:
+        """Numbers of this instance's slots on the host, whoever made them."""
+        prefix = f"{self._settings.instance}-"
+        found = set(netns.names(prefix))
+        found.update(path.name for path in Path("/sys/class/net").glob(f"{prefix}*"))
+        return sorted(int(name.removeprefix(prefix)) for name in found if name.removeprefix(prefix).isdigit())
+
+    # ---- in the background
+
+    def _own(self, work: object) -> None:
+        task = asyncio.create_task(work)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _refill(self) -> None:
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            while len(self._ready) < self._settings.slots_ready:
+                try:
+                    self._ready.append(await self._make())
+                except (NodeFull, NetworkFailure) as error:
+                    log.warning("slots.not_refilled", error=str(error))
+                    await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _watch_firewall(self) -> None:
+        """Put the rules back when somebody flushed the host's: without them slots reach private networks."""
+        while True:
+            await asyncio.sleep(_CHECK_SECONDS)
+            if await self._firewall.is_there():
+                continue
+            log.error("firewall.flushed", table=self._settings.instance)
+            try:
+                await self._firewall.start(self._forwarder.port)
+                for slot in (*self._ready, *self._in_use.values()):
+                    await self._firewall.apply(slot, self._policies.get(slot.index, parse_policy(OPEN_NETWORK)))
+            except NetworkFailure as error:
+                log.error("firewall.not_restored", error=str(error))
+
+
+def _enable_forwarding() -> None:
+    try:
+        _write_sysctl("net/ipv4/ip_forward", "1")
+    except OSError as error:
+        raise NetworkFailure(f"net.ipv4.ip_forward cannot be set: {error}") from error
+
+
+def _write_sysctl(key: str, value: str) -> None:
+    path = Path("/proc/sys") / key
+    if path.exists():  # a kernel without IPv6 has none of its settings
+        path.write_text(value)
