@@ -64,8 +64,8 @@ class Hosted:
 class Origin:
     """What a machine starts from.
 
-    `upper` alone: that disk as it is, used in place and never removed by a failed start. `saved`: what `Machine.save`
-    wrote, cloned first unless `upper` is given too. Neither: a blank disk.
+    `upper`: that disk as it is, used in place and never removed by a failed start. `saved`: what `Machine.save` wrote,
+    its disk cloned unless `upper` is given too. Neither: a blank disk.
     """
 
     layers: tuple[str, ...]
@@ -86,8 +86,7 @@ class Hosting:
         self.machines_dir = directory / "machines"
         self.uppers_dir = directory / "uppers"
         self.time_scale = time_scale
-        self.starting: set[str] = set()
-        """IDs of machines that are being started; a sweep spares them."""
+        self._remembers = runtime.capabilities.memory_snapshots
         self._stuck: dict[str, tuple[Hosted, bool]] = {}
 
     def create_directories(self) -> None:
@@ -104,15 +103,12 @@ class Hosting:
         """
         machine_id = f"m{secrets.token_hex(8)}"
         undo = contextlib.AsyncExitStack()
-        self.starting.add(machine_id)
         try:
             return await self._start(machine_id, origin, limits, hostname, network, undo)
         except BaseException as error:
             log.info("machine.start_undone", machine_id=machine_id, error=str(error) or type(error).__name__)
             await finish(undo.aclose())
             raise
-        finally:
-            self.starting.discard(machine_id)
 
     async def _start(
         self,
@@ -153,7 +149,7 @@ class Hosting:
         limit = _START_SECONDS * self.time_scale
         try:
             async with asyncio.timeout(limit):
-                if origin.saved is not None:
+                if origin.saved is not None and (origin.saved.memory or not self._remembers):
                     machine = await self.runtime.restore(spec, origin.saved)
                 else:
                     machine = await self.runtime.start(spec)

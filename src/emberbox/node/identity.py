@@ -28,6 +28,7 @@ def again(record: SandboxRecord) -> dict[str, Any]:
         "hostname": record.sandbox_id,
         "sandboxID": record.sandbox_id,
         "templateID": record.template_id,
+        "teamID": record.team_id,
     }
 
 

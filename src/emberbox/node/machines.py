@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import secrets
 import shutil
 import time
@@ -200,8 +201,7 @@ class Machines:
                     await hosted.machine.resume()
                 if record.network != OPEN_NETWORK:
                     await self.hosting.slots.apply(hosted.spec.slot, record.network)
-                await hosted.agent.init(identity.first(record))
-                return hosted
+                return await self._introduce(hosted, record)
             except (AgentFailure, RuntimeFailure) as error:
                 log.warning("pool.claim_failed", machine_id=hosted.spec.machine_id, error=str(error))
                 await self.hosting.end(hosted)
@@ -222,11 +222,21 @@ class Machines:
                 if not await self.pool.make_room():
                     raise
         try:
-            await hosted.agent.init(identity.first(record))
+            return await self._introduce(hosted, record)
         except BaseException:
             await self.hosting.end(hosted)
             raise
-        return hosted
+
+    async def _introduce(self, hosted: Hosted, record: SandboxRecord) -> Hosted:
+        """Tell a machine which sandbox it is. One restored from memory that others share gets a secret of its own."""
+        body = identity.first(record)
+        if not self.hosting.runtime.capabilities.memory_snapshots:
+            await hosted.agent.init(body)
+            return hosted
+        secret = secrets.token_hex(32)
+        await hosted.agent.init({**body, "controlHash": hashlib.sha256(secret.encode()).hexdigest()})
+        machine = hosted.machine
+        return replace(hosted, secret=secret, agent=self.hosting.agent(machine, hosted.spec.machine_id, secret))
 
     async def _run(self, sandbox: Sandbox, hosted: Hosted, record: SandboxRecord) -> None:
         """Write that the sandbox runs on this machine, and look after it from now on."""

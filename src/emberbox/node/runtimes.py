@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import structlog
 
 from emberbox.node.errors import NodeError, Unsupported
@@ -28,3 +30,27 @@ async def choose_runtime(settings: Settings) -> Runtime:
         return await _container(settings)
     log.info("runtime.chosen", runtime="firecracker")
     return runtime
+
+
+async def _container(settings: Settings) -> Runtime:
+    from emberbox.runtime.container.runtime import ContainerRuntime
+
+    return ContainerRuntime(settings)
+
+
+async def _firecracker(settings: Settings) -> Runtime:
+    if not _kvm_usable():
+        raise Unsupported(
+            "the firecracker runtime needs /dev/kvm and this host has none that works; "
+            "enable virtualization, or use the container runtime"
+        )
+    raise Unsupported("the firecracker runtime is not wired into the node yet; use the container runtime")
+
+
+def _kvm_usable() -> bool:
+    try:
+        descriptor = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    os.close(descriptor)
+    return True

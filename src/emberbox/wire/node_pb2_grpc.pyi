@@ -11,6 +11,7 @@ deadline. Failures are gRPC status codes with a sentence for the user in `detail
   RESOURCE_EXHAUSTED   the node has no slot, memory or disk left
   INVALID_ARGUMENT     a value that the node cannot use
   UNIMPLEMENTED        this node's runtime cannot do it
+  ABORTED              a kill, or the machine's death, ended the operation under way
   UNAVAILABLE          try again: the node is starting or shutting down
   INTERNAL             the runtime failed
 """

@@ -1,0 +1,183 @@
+"""Between the wire messages of `proto/node` and the node's own words."""
+
+from __future__ import annotations
+
+from emberbox.node import builds
+from emberbox.node.errors import BadValue, Unsupported
+from emberbox.node.events import Event, Sample
+from emberbox.node.logs import LogEntry
+from emberbox.node.model import EndReason, Image, Network, NewSandbox, State, Status, TimeoutAction
+from emberbox.runtime.base import Limits
+from emberbox.wire import node_pb2 as wire
+
+_STATES = {
+    State.RUNNING: wire.MACHINE_STATE_RUNNING,
+    State.PAUSED: wire.MACHINE_STATE_PAUSED,
+    State.ENDED: wire.MACHINE_STATE_ENDED,
+}
+_END_REASONS = {
+    None: wire.END_REASON_UNSPECIFIED,
+    EndReason.KILLED: wire.END_REASON_KILLED,
+    EndReason.TIMED_OUT: wire.END_REASON_TIMED_OUT,
+    EndReason.DIED: wire.END_REASON_DIED,
+    EndReason.LOST: wire.END_REASON_LOST,
+}
+_TIMEOUT_ACTIONS = {
+    wire.TIMEOUT_ACTION_KILL: TimeoutAction.KILL,
+    wire.TIMEOUT_ACTION_PAUSE: TimeoutAction.PAUSE,
+    wire.TIMEOUT_ACTION_PAUSE_FILES: TimeoutAction.PAUSE_FILES,
+}
+
+# ---- from the wire
+
+
+def image(message: wire.Image) -> Image:
+    return Image(
+        build_id=message.build_id,
+        layers=tuple(message.layers),
+        env_vars=dict(message.env_vars),
+        default_user=message.default_user,
+        default_workdir=message.default_workdir,
+        start_command=message.start_command,
+        ready_command=message.ready_command,
+    )
+
+
+def network(message: wire.Network) -> Network:
+    """
+    Raises:
+        Unsupported: it asks for what this node does not do yet.
+    """
+    if message.HasField("egress_proxy") and message.egress_proxy.address:
+        raise Unsupported("this node does not support an egress proxy; leave 'egressProxy' out")
+    if message.rules_json and message.rules_json not in ("{}", "null"):
+        raise Unsupported("this node does not support request transforms; leave 'rules' out")
+    return Network(
+        allow_internet=message.allow_internet,
+        allow_out=tuple(message.allow_out),
+        deny_out=tuple(message.deny_out),
+        dns_servers=tuple(message.dns_servers),
+    )
+
+
+def timeout_action(value: int) -> TimeoutAction | None:
+    return _TIMEOUT_ACTIONS.get(value)  # type: ignore[call-overload, no-any-return]
+
+
+def new_sandbox(message: wire.CreateRequest) -> NewSandbox:
+    """
+    Raises:
+        BadValue, Unsupported
+    """
+    if message.volume_mounts:
+        raise Unsupported("this node does not support volumes; leave 'volumeMounts' out")
+    source = message.WhichOneof("source")
+    return NewSandbox(
+        sandbox_id=message.sandbox_id,
+        template_id=message.template_id,
+        team_id=message.team_id,
+        image=image(message.image) if source == "image" else None,
+        snapshot_id=message.snapshot_id,
+        limits=limits(message.cpu_count, message.memory_mb, message.disk_size_mb),
+        env_vars=dict(message.env_vars),
+        access_token=message.access_token,
+        network=network(message.network) if message.HasField("network") else Network(),
+        deadline_ms=message.deadline_unix_ms,
+        on_timeout=timeout_action(message.on_timeout) or TimeoutAction.KILL,
+        metadata=dict(message.metadata),
+    )
+
+
+def limits(cpu_count: int, memory_mb: int, disk_size_mb: int) -> Limits:
+    """
+    Raises:
+        BadValue: one of them is not positive.
+    """
+    for name, value in (("cpuCount", cpu_count), ("memoryMB", memory_mb), ("diskSizeMB", disk_size_mb)):
+        if value <= 0:
+            raise BadValue(f"{name} must be positive, not {value}")
+    return Limits(cpu_count=cpu_count, memory_mb=memory_mb, disk_size_mb=disk_size_mb)
+
+
+def new_build(message: wire.BuildRequest) -> builds.NewBuild:
+    source = message.WhichOneof("source")
+    return builds.NewBuild(
+        build_id=message.build_id,
+        template_id=message.template_id,
+        recipe=message.recipe,
+        from_image=message.from_image,
+        from_build=image(message.from_build) if source == "from_build" else None,
+        steps=len(message.steps),
+        start_command=message.start_command,
+        ready_command=message.ready_command,
+        limits=limits(message.cpu_count, message.memory_mb, message.disk_size_mb),
+        force=message.force,
+    )
+
+
+# ---- to the wire
+
+
+def status(value: Status) -> wire.MachineStatus:
+    return wire.MachineStatus(
+        sandbox_id=value.sandbox_id,
+        state=_STATES[value.state],
+        address=value.address,
+        deadline_unix_ms=value.deadline_ms,
+        memory_kept=value.memory_kept,
+        end_reason=_END_REASONS[value.end_reason],
+        message=value.message,
+        started_unix_ms=value.started_ms,
+        changed_unix_ms=value.changed_ms,
+    )
+
+
+def event(value: Event) -> wire.NodeEvent:
+    if isinstance(value, Status):
+        return wire.NodeEvent(changed=status(value))
+    return wire.NodeEvent(samples=wire.Samples(samples=[_sample(sample) for sample in value]))
+
+
+def _sample(value: Sample) -> wire.MachineSample:
+    return wire.MachineSample(
+        sandbox_id=value.sandbox_id,
+        timestamp_unix_ms=value.timestamp_ms,
+        cpu_count=value.cpu_count,
+        cpu_used_percent=value.cpu_used_percent,
+        memory_used_bytes=value.memory_used,
+        memory_total_bytes=value.memory_total,
+        memory_cache_bytes=value.memory_cache,
+        disk_used_bytes=value.disk_used,
+        disk_total_bytes=value.disk_total,
+    )
+
+
+def log_entry(value: LogEntry) -> wire.LogEntry:
+    return wire.LogEntry(
+        timestamp_unix_ms=value.timestamp_ms, level=value.level, message=value.message, fields=value.fields
+    )
+
+
+def build_event(value: builds.BuildEvent, agent_version: str) -> wire.BuildEvent:
+    match value:
+        case builds.Progress():
+            return wire.BuildEvent(progress=wire.BuildProgress(stage=value.stage, fraction=value.fraction))
+        case builds.Failed():
+            return wire.BuildEvent(failed=wire.BuildFailed(message=value.message, step=value.step))
+        case builds.Done():
+            made = value.image
+            return wire.BuildEvent(
+                done=wire.BuildDone(
+                    image=wire.Image(
+                        build_id=made.build_id,
+                        layers=made.layers,
+                        env_vars=made.env_vars,
+                        default_user=made.default_user,
+                        default_workdir=made.default_workdir,
+                        start_command=made.start_command,
+                        ready_command=made.ready_command,
+                    ),
+                    size_bytes=value.size_bytes,
+                    agent_version=agent_version,
+                )
+            )
