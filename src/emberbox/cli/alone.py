@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 
+from emberbox.cli.certificates import CertificateCopy
 from emberbox.cli.errors import CliError
 from emberbox.cli.launch import raise_open_files
 from emberbox.cli.layout import ensure_account, make_layout
-from emberbox.cli.roles import role
+from emberbox.logs import configure_logging
 from emberbox.settings import Settings
 
 
@@ -22,11 +24,18 @@ def run(name: str, settings: Settings) -> None:
         if not is_root:
             raise CliError("the node makes machines and must run as root")
     elif is_root:
-        make_layout(settings, ensure_account(settings))
-        start = role(name, settings)
+        # Not above: the node must be able to set gRPC up before anything imports it.
+        from emberbox.cli.roles import role
+
+        account = ensure_account(settings)
+        make_layout(settings, account)
+        certificates = CertificateCopy(settings, account)
+        certificates.refresh()
+        start = role(name, certificates.apply(settings))
         # By this the program becomes `launch`, and by that the role as the other user.
         os.execve(start.argv[0], start.argv, start.environment)
     raise_open_files()
+    configure_logging(name, settings)
     _serve(name, settings)
 
 
@@ -38,7 +47,7 @@ def _serve(name: str, settings: Settings) -> None:
     elif name == "node":
         from emberbox.node.main import serve as serve_node
 
-        serve_node(settings)
+        asyncio.run(serve_node(settings))
     else:
         from emberbox.edge.main import serve as serve_edge
 

@@ -32,7 +32,17 @@ CAPABILITY_VERSION_3 = 0x20080522
 OPEN_FILES = 65536
 
 # What a role may see of the caller's environment; root's secrets stay with root.
-KEPT_VARIABLES = ("PATH", "LANG", "LANGUAGE", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "PYTHONDEVMODE", "PYTHONWARNINGS")
+KEPT_VARIABLES = (
+    "PATH",
+    "LANG",
+    "LANGUAGE",
+    "TZ",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "PYTHONPATH",
+    "PYTHONDEVMODE",
+    "PYTHONWARNINGS",
+)
 KEPT_PREFIXES = ("EMBERBOX_", "LC_", "COVERAGE_")
 
 SYSTEM_DIRECTORIES = tuple(
@@ -83,21 +93,17 @@ def command(
     program: Sequence[str],
     *,
     writable: Iterable[Path] = (),
-    readable: Iterable[Path] = (),
     low_ports: bool = False,
 ) -> list[str]:
     """The command line that starts `program` as `user`; to be run as root.
 
     Args:
         writable: directories of the program's own, that the user owns.
-        readable: further files and directories that it reads.
         low_ports: the program may bind ports below 1024.
     """
     words = [sys.executable, "-P", "-m", "emberbox.cli.launch", "--user", user]
     for path in writable:
         words += ["--writable", str(path)]
-    for path in readable:
-        words += ["--readable", str(path)]
     if low_ports:
         words.append("--low-ports")
     return [*words, "--", *program]
@@ -270,13 +276,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="emberbox.cli.launch", allow_abbrev=False)
     parser.add_argument("--user", required=True)
     parser.add_argument("--writable", action="append", default=[], type=Path)
-    parser.add_argument("--readable", action="append", default=[], type=Path)
     parser.add_argument("--low-ports", action="store_true")
     parser.add_argument("program", nargs="+")
     asked = parser.parse_args(arguments)
     try:
         account = Account.named(asked.user)
-        trees = [Tree(p, writable=True) for p in asked.writable] + [Tree(p) for p in asked.readable] + python_trees()
+        trees = [Tree(p, writable=True) for p in asked.writable] + python_trees()
         enter(account, plan(account, trees))
         become(account, low_ports=asked.low_ports)
     except LaunchFailed as error:

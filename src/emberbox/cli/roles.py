@@ -39,13 +39,11 @@ def role(name: str, settings: Settings) -> Role:
         argv = program
     else:
         own = settings.api_dir if name == "api" else settings.edge_dir
-        certificates = [p for p in (settings.tls_cert, settings.tls_key) if p is not None] if name == "edge" else []
         ports = [settings.api_port] if name == "api" else [settings.edge_port, settings.edge_tls_port]
         argv = launch.command(
             settings.api_user,
             program,
             writable=[own, settings.run_dir],
-            readable=certificates,
             low_ports=any(port < 1024 for port in ports),
         )
         environment = launch.environment(environment)

@@ -13,6 +13,7 @@ import structlog
 
 from emberbox import __version__
 from emberbox.cli import first_run, requirements
+from emberbox.cli.certificates import CertificateCopy
 from emberbox.cli.errors import CliError
 from emberbox.cli.exports import print_exports
 from emberbox.cli.follow import follow_logs
@@ -29,6 +30,7 @@ from emberbox.settings import Settings
 log = structlog.get_logger()
 
 START_SECONDS = 60.0
+CERTIFICATE_SECONDS = 30.0
 LEFT_BEHIND_GRACE = 15.0
 
 
@@ -44,16 +46,21 @@ def up(settings: Settings, reporter: Reporter, *, show_logs: bool) -> None:
     state_dir = StateDir(settings)
     account = ensure_account(settings)
     make_layout(settings, account)
+    certificates = CertificateCopy(settings, account)
     with state_dir.lock():
         _stop_left_behind(state_dir, reporter)
         requirements.require(settings)
-        asyncio.run(_Instance(settings, state_dir, reporter).run(show_logs=show_logs))
+        certificates.refresh()
+        asyncio.run(_Instance(settings, state_dir, reporter, certificates).run(show_logs=show_logs))
 
 
 class _Instance:
     """One run of one instance, from start to stop."""
 
-    def __init__(self, settings: Settings, state_dir: StateDir, reporter: Reporter) -> None:
+    def __init__(
+        self, settings: Settings, state_dir: StateDir, reporter: Reporter, certificates: CertificateCopy
+    ) -> None:
+        self._certificates = certificates
         self._settings = settings
         self._state_dir = state_dir
         self._reporter = reporter
@@ -69,7 +76,8 @@ class _Instance:
             loop.add_signal_handler(number, self._stop_asked.set)
         loop.add_signal_handler(END_SANDBOXES, self._stop_with_sandboxes)
         self._write()
-        supervisor = Supervisor([role(name, self._settings) for name in ROLE_NAMES], changed=self._roles_changed)
+        given = self._certificates.apply(self._settings)
+        supervisor = Supervisor([role(name, given) for name in ROLE_NAMES], changed=self._roles_changed)
         starting = asyncio.create_task(self._start(supervisor))
         stop = asyncio.create_task(self._stop_asked.wait())
         try:
@@ -99,16 +107,25 @@ class _Instance:
         self._reporter.ready()
 
     async def _serve(self, stop: asyncio.Task[bool], *, show_logs: bool) -> None:
-        following = None
+        beside = [asyncio.create_task(self._renew_certificates(), name="certificates")]
         if show_logs:
-            following = asyncio.create_task(follow_logs([log_path(self._settings, name) for name in ROLE_NAMES]))
+            logs = [log_path(self._settings, name) for name in ROLE_NAMES]
+            beside.append(asyncio.create_task(follow_logs(logs), name="logs"))
         try:
             await stop
         finally:
-            if following is not None:
-                following.cancel()
-                with suppress(asyncio.CancelledError):
-                    await following
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
+
+    async def _renew_certificates(self) -> None:
+        while True:
+            await asyncio.sleep(CERTIFICATE_SECONDS)
+            try:
+                if await asyncio.to_thread(self._certificates.refresh):
+                    log.info("certificates.copied")
+            except CliError as error:
+                log.error("certificates.not_copied", error=error.message)
 
     def _stop_with_sandboxes(self) -> None:
         self._end_sandboxes = True
