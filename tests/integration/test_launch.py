@@ -102,6 +102,9 @@ def test_what_else_lies_in_the_closed_directory_does_not_exist_for_it(closed: Pa
 def test_code_below_a_closed_directory_runs_and_cannot_be_written(closed: Path, data: Path) -> None:
     source = closed / "src"
     shutil.copytree(Path(emberbox.__file__).parent, source / "emberbox", ignore=shutil.ignore_patterns("__pycache__"))
+    # Even what belongs to the user.
+    for path in source.rglob("*.py"):
+        os.chown(path, UID, UID)
 
     path, error = answer(APPEND_TO_OWN_CODE, writable=[data], PYTHONPATH=str(source))
 
