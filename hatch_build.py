@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,33 +11,34 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
+TAGS = {"x86_64": "py3-none-linux_x86_64", "aarch64": "py3-none-linux_aarch64"}
+
 
 class AgentBuildHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable":
             return  # `make agent` builds it in place
-        root = Path(self.root)
-        target = root / "src" / "emberbox" / "bin" / "emberd"
-        target.parent.mkdir(parents=True, exist_ok=True)
+        tag = TAGS.get(platform.machine())
+        if tag is None:
+            raise RuntimeError(f"emberd is built for {' and '.join(TAGS)}, not for {platform.machine()}")
+        emberd = self._build_agent(Path(self.root) / "agent")
+        build_data["force_include"][str(emberd)] = "emberbox/bin/emberd"
+        build_data["pure_python"] = False
+        build_data["infer_tag"] = False
+        build_data["tag"] = tag
+
+    def _build_agent(self, source: Path) -> Path:
         go = os.environ.get("GO") or shutil.which("go")
         if go is None:
-            raise RuntimeError("building the wheel needs Go 1.24 or newer on PATH (or GO=/path/to/go)")
+            raise RuntimeError(
+                "building the wheel needs Go, of the version in agent/go.mod, on PATH or as GO=/path/to/go"
+            )
+        emberd = source / "build" / "emberd"
+        flags = f"-s -w -X main.version={self.metadata.version}"
         subprocess.run(
-            [
-                go,
-                "build",
-                "-trimpath",
-                "-ldflags",
-                f"-s -w -X main.version={self.metadata.version}",
-                "-o",
-                str(target),
-                "./cmd/emberd",
-            ],
-            cwd=root / "agent",
+            [go, "build", "-trimpath", "-ldflags", flags, "-o", str(emberd), "./cmd/emberd"],
+            cwd=source,
             env={**os.environ, "CGO_ENABLED": "0"},
             check=True,
         )
-        build_data["artifacts"].append("src/emberbox/bin/emberd")
-        build_data["pure_python"] = False
-        build_data["infer_tag"] = False
-        build_data["tag"] = "py3-none-linux_x86_64" if os.uname().machine == "x86_64" else "py3-none-linux_aarch64"
+        return emberd

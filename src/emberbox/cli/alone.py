@@ -45,9 +45,13 @@ def _serve(name: str, settings: Settings) -> None:
 
         serve_api(settings)
     elif name == "node":
+        from emberbox.node.errors import NodeError
         from emberbox.node.main import serve as serve_node
 
-        asyncio.run(serve_node(settings))
+        try:
+            asyncio.run(serve_node(settings))
+        except NodeError as error:
+            raise CliError(f"the node cannot serve: {error}") from error
     else:
         from emberbox.edge.main import serve as serve_edge
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from typing import Any
 
 from emberbox.cli import launch
 from emberbox.cli.errors import CliError
@@ -12,43 +14,56 @@ from emberbox.cli.reporters import Reporter
 from emberbox.cli.state import StateDir, as_environment
 from emberbox.settings import Settings
 
-BOOTSTRAP_SECONDS = 120.0
+KEY_NAME = "emberbox env"
+CONTROL_SECONDS = 120.0
 BASE_SECONDS = 1800.0
 POLL_SECONDS = 0.5
 
 
 def ensure_key(settings: Settings, state_dir: StateDir) -> str:
-    """The first team's API key; made, together with the team and the tables, when there is none yet.
+    """The API key for `emberbox env`; the first is made together with the tables and the first team.
 
-    The control plane's own command does it as the api's user, since the store belongs to that user.
+    The control plane's own program does it as the api's user, to whom the store belongs. A key that was lost cannot be
+    read back, since only its hash is kept; then another one is made.
 
     Raises:
         CliError: the store cannot be prepared.
     """
+    made = _control(settings, "-m", "emberbox.control.bootstrap")["api_key"]
     known = state_dir.read_key()
-    program = [sys.executable, "-P", "-m", "emberbox.control.bootstrap"]
-    argv = launch.command(settings.api_user, program, writable=[settings.api_dir, settings.run_dir])
+    if made is None and known is None:
+        made = _control(settings, "-m", "emberbox.control.bootstrap", "--new-key", KEY_NAME)["api_key"]
+    if made is None:
+        assert known is not None
+        return known
+    state_dir.write_key(made)
+    return str(made)
+
+
+def _control(settings: Settings, *arguments: str) -> dict[str, Any]:
+    """Run a program of the control plane as its user; returns the JSON object that it prints."""
+    argv = launch.command(
+        settings.api_user,
+        [sys.executable, "-P", *arguments],
+        writable=[settings.api_dir, settings.run_dir],
+    )
+    seconds = CONTROL_SECONDS * settings.time_scale
     try:
         done = subprocess.run(
             argv,
-            env=launch.environment(as_environment(settings)),
+            env=launch.environment({**os.environ, **as_environment(settings)}),
             cwd="/",
-            input=json.dumps({"api_key": known}),
             capture_output=True,
             text=True,
-            timeout=BOOTSTRAP_SECONDS * settings.time_scale,
+            timeout=seconds,
         )
     except subprocess.TimeoutExpired:
-        raise CliError(
-            f"preparing the database {settings.store_url} took longer than {BOOTSTRAP_SECONDS:.0f} s"
-        ) from None
+        raise CliError(f"preparing the database {settings.store_url} took longer than {seconds:.0f} s") from None
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"code {done.returncode}"]
         raise CliError(f"the database {settings.store_url} could not be prepared: {last[0]}")
-    key = str(json.loads(done.stdout)["api_key"])
-    if key != known:
-        state_dir.write_key(key)
-    return key
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 async def ensure_base(settings: Settings, key: str, reporter: Reporter) -> None:
