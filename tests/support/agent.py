@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-AGENT = Path(__file__).parents[3] / "agent"
+AGENT = Path(__file__).parents[2] / "agent"
 PORT = 49983
 CONTROL = "control-secret-of-the-tests"
 
