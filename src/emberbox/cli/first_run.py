@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 from typing import Any
 
+import httpx
+
 from emberbox.cli import launch
 from emberbox.cli.errors import CliError
 from emberbox.cli.reporters import Reporter
+from emberbox.cli.roles import local_api_url
 from emberbox.cli.state import StateDir, as_environment
 from emberbox.settings import Settings
 
@@ -20,8 +24,8 @@ BASE_SECONDS = 1800.0
 POLL_SECONDS = 0.5
 
 
-def ensure_key(settings: Settings, state_dir: StateDir) -> str:
-    """The API key for `emberbox env`; the first is made together with the tables and the first team.
+def ensure_key(settings: Settings, state_dir: StateDir) -> None:
+    """See that there is an API key for `emberbox env`; the first is made together with the tables and the first team.
 
     The control plane's own program does it as the api's user, to whom the store belongs. A key that was lost cannot be
     read back, since only its hash is kept; then another one is made.
@@ -33,11 +37,8 @@ def ensure_key(settings: Settings, state_dir: StateDir) -> str:
     known = state_dir.read_key()
     if made is None and known is None:
         made = _control(settings, "-m", "emberbox.control.bootstrap", "--new-key", KEY_NAME)["api_key"]
-    if made is None:
-        assert known is not None
-        return known
-    state_dir.write_key(made)
-    return str(made)
+    if made is not None:
+        state_dir.write_key(made)
 
 
 def _control(settings: Settings, *arguments: str) -> dict[str, Any]:
@@ -66,9 +67,35 @@ def _control(settings: Settings, *arguments: str) -> dict[str, Any]:
     return result
 
 
-async def ensure_base(settings: Settings, key: str, reporter: Reporter) -> None:
+async def ensure_base(settings: Settings, reporter: Reporter) -> None:
     """Wait until the `base` template is ready, showing how its build gets on.
 
+    The api starts the build by itself when there is none, and tells about it at `GET /startup`:
+    `{"base": {"status": "waiting"|"building"|"ready"|"error", "stage": str, "fraction": 0..1, "message": str}}`.
+
     Raises:
-        CliError: the build failed.
+        CliError: the build failed or took too long.
     """
+    end = asyncio.get_running_loop().time() + BASE_SECONDS * settings.time_scale
+    async with httpx.AsyncClient(base_url=local_api_url(settings), timeout=10, trust_env=False) as api:
+        while True:
+            base = await _startup(api)
+            if base["status"] == "ready":
+                return
+            if base["status"] == "error":
+                raise CliError(f"the base template could not be built: {base['message']}")
+            reporter.progress(base["stage"] or "waiting for the node", base["fraction"])
+            if asyncio.get_running_loop().time() > end:
+                raise CliError(f"the base template is not ready after {BASE_SECONDS:.0f} s ({base['stage']})")
+            await asyncio.sleep(POLL_SECONDS)
+
+
+async def _startup(api: httpx.AsyncClient) -> dict[str, Any]:
+    try:
+        response = await api.get("/startup")
+        response.raise_for_status()
+    except httpx.HTTPError as error:
+        # The supervisor brings a crashed api back; the build goes on or starts again with it.
+        return {"status": "waiting", "stage": f"waiting for the api ({error})", "fraction": 0.0, "message": ""}
+    base: dict[str, Any] = response.json()["base"]
+    return base

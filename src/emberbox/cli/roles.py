@@ -60,9 +60,15 @@ def log_path(settings: Settings, name: str) -> Path:
     return settings.data_dir / "logs" / f"{name}.log"
 
 
+def local_api_url(settings: Settings) -> str:
+    """Where this host reaches its own API, whatever address it listens on."""
+    host = _local(settings.api_host)
+    return f"http://[{host}]:{settings.api_port}" if ":" in host else f"http://{host}:{settings.api_port}"
+
+
 def api_answers(settings: Settings) -> bool:
     try:
-        with _direct.open(f"http://{_local(settings.api_host)}:{settings.api_port}/health", timeout=2) as answer:
+        with _direct.open(f"{local_api_url(settings)}/health", timeout=2) as answer:
             return bool(answer.status < 400)
     except (URLError, OSError):
         return False

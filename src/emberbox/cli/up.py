@@ -99,9 +99,9 @@ class _Instance:
 
     async def _start(self, supervisor: Supervisor) -> None:
         self._reporter.step(f"starting Emberbox {__version__} on {self._settings.data_dir}")
-        key = await asyncio.to_thread(first_run.ensure_key, self._settings, self._state_dir)
+        await asyncio.to_thread(first_run.ensure_key, self._settings, self._state_dir)
         await supervisor.start(deadline=START_SECONDS * self._settings.time_scale)
-        await first_run.ensure_base(self._settings, key, self._reporter)
+        await first_run.ensure_base(self._settings, self._reporter)
         self._set_phase("ready")
         log.info("emberbox.ready", data_dir=str(self._settings.data_dir))
         self._reporter.ready()
