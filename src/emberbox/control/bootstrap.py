@@ -6,18 +6,21 @@ files end up belonging to somebody else. `python -m emberbox.control.bootstrap` 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import structlog
 
 from emberbox.control.accounts import Accounts, NewCredential
 from emberbox.control.errors import NotFound
 from emberbox.control.tokens import SandboxTokens
+from emberbox.logs import configure_logging
 from emberbox.settings import Settings, get_settings
 from emberbox.store.engine import Store
 from emberbox.store.migrate import migrate
@@ -128,7 +131,20 @@ def _protect(settings: Settings) -> None:
 
 
 def main() -> None:
-    print(json.dumps(asdict(asyncio.run(bootstrap(get_settings())))))
+    """First run; with `--new-key NAME` one more API key of the first team. Prints one JSON object."""
+    parser = argparse.ArgumentParser(prog="python -m emberbox.control.bootstrap", description=main.__doc__)
+    parser.add_argument("--new-key", metavar="NAME", help="make another API key of this name")
+    name = parser.parse_args().new_key
+    settings = get_settings()
+    configure_logging("bootstrap", settings)
+    print(json.dumps(asyncio.run(_run(settings, name))))
+
+
+async def _run(settings: Settings, new_key: str | None) -> dict[str, Any]:
+    made = asdict(await bootstrap(settings))
+    if new_key is not None:
+        made["api_key"] = (await create_key(settings, new_key)).value
+    return made
 
 
 if __name__ == "__main__":

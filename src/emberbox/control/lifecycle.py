@@ -264,10 +264,12 @@ class Lifecycle:
             raise sandbox_not_found(sandbox_id)
         async for settled in self._until_settled(team, sandbox_id):
             if settled.state == State.RUNNING:
+                # The edge asks because it does not know the route.
+                await self._plane.edge.set_route(route_of(settled, self._plane.tokens))
                 return settled
             if not settled.auto_resume:
                 # The words that clients know: to them, a sandbox that does not run is not there.
-                raise NotFound(f"sandbox {sandbox_id!r} was not found: it is paused")
+                raise NotFound(f"The sandbox {sandbox_id} was not found: it is paused")
             if settled.pause_memory is False:
                 raise Forbidden(f"sandbox {sandbox_id!r} was paused without its memory; resume it explicitly")
             timeout = min(max(_WAKE_SECONDS, settled.timeout_seconds), team.max_timeout_seconds)

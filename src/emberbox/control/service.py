@@ -12,6 +12,7 @@ from emberbox.control.clock import now_ms
 from emberbox.control.edges import Edge, route_of
 from emberbox.control.lifecycle import Lifecycle
 from emberbox.control.limits import RateLimits
+from emberbox.control.logs import Logs
 from emberbox.control.metrics import Metrics
 from emberbox.control.nodes import Node, Nodes
 from emberbox.control.plane import Plane
@@ -52,6 +53,7 @@ class ControlPlane:
         self.sandboxes = Sandboxes(self.plane, self.templates)
         self.lifecycle = Lifecycle(self.plane, self.sandboxes)
         self.metrics = Metrics(self.plane)
+        self.logs = Logs(self.plane)
         self._reconciler = Reconciler(self.plane, self.lifecycle, self.metrics)
         self._tasks: list[asyncio.Task[None]] = []
 

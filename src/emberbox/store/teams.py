@@ -17,7 +17,7 @@ CredentialKind = Literal["api_key", "access_token"]
 
 _TABLES = {"api_key": api_keys, "access_token": access_tokens}
 _BY_HASH = {
-    kind: select(table, *(c.label(f"team_{c.name}") for c in teams.c))
+    kind: select(*(c.label(f"credential_{c.name}") for c in table.c), *(c.label(f"team_{c.name}") for c in teams.c))
     .join(teams, teams.c.id == table.c.team_id)
     .where(table.c.hash == bindparam("hash"))
     for kind, table in _TABLES.items()
@@ -62,7 +62,7 @@ async def find_credential(
         return None
     found = fields(row)
     return (
-        CredentialRecord(**{c.name: found[c.name] for c in _TABLES[kind].c}),
+        CredentialRecord(**{c.name: found[f"credential_{c.name}"] for c in _TABLES[kind].c}),
         TeamRecord(**{c.name: found[f"team_{c.name}"] for c in teams.c}),
     )
 

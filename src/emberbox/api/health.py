@@ -1,0 +1,33 @@
+"""Whether the process is well, and its numbers."""
+
+from __future__ import annotations
+
+from fastapi import Response
+from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
+
+from emberbox.api.auth import Control
+from emberbox.api.errors import declared
+from emberbox.api.router import Router
+from emberbox.control.states import State
+from emberbox.store import sandboxes as rows
+
+router = Router()
+
+_SANDBOXES = Gauge("emberbox_sandboxes", "Sandboxes that have not ended", ["state"])
+_NODES = Gauge("emberbox_nodes_connected", "Nodes whose event stream is up")
+
+
+@router.get("/health", status_code=204, responses=declared(401))
+async def health() -> None:
+    """The process answers."""
+
+
+@router.get("/metrics", include_in_schema=False)
+async def metrics(plane: Control) -> Response:
+    """Prometheus' text format."""
+    counts = await rows.counts_by_state(plane.store)
+    for state in State:
+        if state is not State.ENDED:
+            _SANDBOXES.labels(state.value).set(counts.get(state.value, 0))
+    _NODES.set(sum(node.connected.is_set() for node in plane.plane.nodes))
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
