@@ -81,7 +81,7 @@ check: install-venv-dev install-staticcheck ## Lint, format, types, import contr
 
 .PHONY: test
 test: install-dev ## Install what is missing and run every test that this machine can run
-	$(PYTHON) -m pytest -n $(JOBS) tests/unit tests/integration tests/clients $(ARGS)
+	$(PYTHON) -m pytest -n $(JOBS) --dist loadgroup tests/unit tests/integration tests/clients $(ARGS)
 
 .PHONY: test-all
 test-all: test ## The tests, the version matrix and the lab
@@ -91,7 +91,7 @@ test-all: test ## The tests, the version matrix and the lab
 
 .PHONY: compat
 compat: install-dev ## Run the client suites against several releases of the SDKs; writes docs/compatibility.md
-	$(PYTHON) tests/clients/matrix.py
+	$(PYTHON) -m tests.clients.compat.matrix
 
 .PHONY: bench
 bench: install-dev ## Run every benchmark against a fresh Emberbox

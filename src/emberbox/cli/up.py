@@ -18,6 +18,7 @@ from emberbox.cli.errors import CliError
 from emberbox.cli.exports import print_exports
 from emberbox.cli.follow import follow_logs
 from emberbox.cli.layout import ensure_account, make_layout
+from emberbox.cli.output import note
 from emberbox.cli.processes import ProcessRef
 from emberbox.cli.reporters import ConsoleReporter, PipeReporter, Reporter, relay
 from emberbox.cli.roles import ROLE_NAMES, log_path, role
@@ -180,12 +181,14 @@ def up_in_foreground(settings: Settings, *, report_to: int | None) -> None:
 
 
 def up_in_background(settings: Settings) -> None:
-    """Start a background process that serves, and wait until it is ready.
+    """Start a background process that serves, and wait until it is ready. When one serves already, that is enough.
 
     Raises:
         CliError: it could not start.
     """
     requirements.require_root()
+    if _runs_already(settings):
+        return
     logs = settings.data_dir / "logs"
     try:
         logs.mkdir(parents=True, exist_ok=True)
@@ -207,3 +210,12 @@ def up_in_background(settings: Settings) -> None:
         if not relay(lines, ConsoleReporter(on_ready=lambda: print_exports(settings))):
             code = process.wait()
             raise CliError(f"Emberbox ended while starting (code {code}); see {logs / 'supervisor.log'}")
+
+
+def _runs_already(settings: Settings) -> bool:
+    state = StateDir(settings).read()
+    if state is None or not state.supervisor.alive or state.phase != "ready":
+        return False
+    note(f"Emberbox already runs on {settings.data_dir} (pid {state.supervisor.pid}); it keeps its settings")
+    print_exports(settings)
+    return True

@@ -82,11 +82,11 @@ def start(*, settings: Mapping[str, str] | None = None) -> Emberbox:
         )
     data_dir = tempfile.mkdtemp(prefix="emberbox-test-")
     os.chmod(data_dir, 0o755)
-    api_port, edge_port = _free_ports(2)
+    api_port, edge_port = free_ports(2)
     own = {
-        "EMBERBOX_SLOT_NETWORK": _claim_slot_network(data_dir),
+        "EMBERBOX_SLOT_NETWORK": claim_slot_network(data_dir),
         "EMBERBOX_DATA_DIR": data_dir,
-        **({"EMBERBOX_INHERIT_HOST_NETWORK": "true"} if _has_custom_ca() else {}),
+        **({"EMBERBOX_INHERIT_HOST_NETWORK": "true"} if has_custom_ca() else {}),
         **(settings or {}),
     }
     done = run_emberbox(
@@ -143,7 +143,7 @@ def _parse_exports(text: str) -> dict[str, str]:
     return values
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:
@@ -154,7 +154,7 @@ def _free_ports(count: int) -> list[int]:
             each.close()
 
 
-def _claim_slot_network(owner: str) -> str:
+def claim_slot_network(owner: str) -> str:
     """A slot network that no other test run on this host uses. The claim dies with the owner's directory."""
     claims = Path(tempfile.gettempdir()) / "emberbox-test-slot-networks"
     claims.mkdir(exist_ok=True)
@@ -174,7 +174,7 @@ def _claim_slot_network(owner: str) -> str:
         time.sleep(1)
 
 
-def _has_custom_ca() -> bool:
+def has_custom_ca() -> bool:
     return any(os.environ.get(name) for name in ("SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS", "REQUESTS_CA_BUNDLE"))
 
 
