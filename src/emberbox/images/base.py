@@ -85,7 +85,7 @@ async def build_base(
         if built is not None:
             progress("Found in the image cache", 1.0)
             return built
-    layers_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    await asyncio.to_thread(layers_dir.mkdir, mode=0o700, parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".build-", dir=layers_dir)))
         root = work / "root"

@@ -6,15 +6,14 @@ Nothing here mounts anything; that is the runtime's business.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import fcntl
 import os
 import tempfile
 from pathlib import Path
 
 from emberbox.commands import CommandFailed, run
 from emberbox.images.layers import LayerStore
+from emberbox.linux.sparse import clone_image
 from emberbox.node.errors import DiskFailure, DiskFull, LayerMissing
 from emberbox.settings import Settings
 
@@ -23,7 +22,6 @@ MIB = 1024 * 1024
 _FORMAT_SECONDS = 120.0
 _RESERVE_BYTES = 512 * MIB
 """Kept free on the node's disk: running machines still grow, and the node writes its own records."""
-_FICLONE = 0x40049409
 
 
 class Disks:
@@ -77,7 +75,7 @@ class Disks:
         free = await asyncio.to_thread(self._free_bytes)
         if free < bytes + _RESERVE_BYTES:
             raise DiskFull(
-                f"the node's disk has {free // MIB} MiB free and {bytes // MIB + _RESERVE_BYTES // MIB} MiB are needed; "
+                f"the node's disk has {free // MIB} MiB free and {(bytes + _RESERVE_BYTES) // MIB} are needed; "
                 f"delete snapshots or templates, or enlarge the disk of {self._directory}"
             )
 
@@ -115,56 +113,3 @@ class Disks:
             except CommandFailed as error:
                 raise DiskFailure(f"a disk of {size_mb} MiB could not be formatted: {error}") from error
             draft.rename(path)
-
-
-def clone_image(source: Path, target: Path) -> None:
-    """Copy an image; holes stay holes. `target` must not exist, and does not when this fails.
-
-    Raises:
-        OSError: the kernel's reason.
-    """
-    with contextlib.ExitStack() as stack:
-        read = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(os.close, read)
-        write = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        stack.callback(os.close, write)
-        try:
-            _fill(read, write)
-        except BaseException:
-            os.unlink(target)
-            raise
-
-
-def _fill(read: int, write: int) -> None:
-    try:
-        fcntl.ioctl(write, _FICLONE, read)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS):
-            raise
-    else:
-        return
-    size = os.fstat(read).st_size
-    os.ftruncate(write, size)
-    position = 0
-    while position < size:
-        try:
-            start = os.lseek(read, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # only a hole is left
-                return
-            raise
-        position = os.lseek(read, start, os.SEEK_HOLE)
-        _copy_range(read, write, start, position)
-
-
-def _copy_range(read: int, write: int, start: int, end: int) -> None:
-    while start < end:
-        try:
-            copied = os.copy_file_range(read, write, end - start, start, start)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                raise
-            copied = os.pwrite(write, os.pread(read, min(end - start, 4 * MIB), start), start)
-        if copied == 0:
-            raise OSError(errno.EIO, "the image became shorter while it was copied")
-        start += copied

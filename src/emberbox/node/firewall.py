@@ -176,7 +176,9 @@ class Firewall:
         # Deleted and added again: `add` alone does not extend the time of an element that is there.
         name = f"inet {self._table} names-{slot_index}"
         await self._run(
-            f"add element {name} {{ {plain} }}\ndelete element {name} {{ {plain} }}\nadd element {name} {{ {elements} }}\n"
+            f"add element {name} {{ {plain} }}\n"
+            f"delete element {name} {{ {plain} }}\n"
+            f"add element {name} {{ {elements} }}\n"
         )
 
     async def remove(self, indexes: Iterable[int]) -> None:

@@ -11,8 +11,10 @@ import asyncio
 import contextlib
 import time
 from collections import deque
+from collections.abc import Coroutine
 from ipaddress import IPv4Interface
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -257,8 +259,8 @@ class Slots:
 
     # ---- in the background
 
-    def _own(self, work: object) -> None:
-        task = asyncio.create_task(work)  # type: ignore[arg-type]
+    def _own(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

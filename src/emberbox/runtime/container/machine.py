@@ -1,0 +1,172 @@
+"""A running container: freezer, limits, readings, saving, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any
+
+from emberbox.linux import processes
+from emberbox.linux.processes import ProcessId
+from emberbox.linux.sparse import clone_image
+from emberbox.runtime.base import Limits, MachineSpec, Saved, Stats
+from emberbox.runtime.container.cgroups import Cgroup
+from emberbox.runtime.container.oci import OciRuntime
+from emberbox.runtime.container.root import Root
+from emberbox.runtime.errors import MachineGone, NotSupported, RuntimeFailure
+
+NAME = "container"
+_UPPER = "upper.ext4"
+_SAVING = "saving"
+"""Marks, in the machine's folder, that it was stopped only to be saved."""
+_LOG_BYTES = 1024 * 1024
+_END_SECONDS = 10.0
+
+
+class Container:
+    """One machine. Found again by the pid and start time of its first process."""
+
+    def __init__(self, spec: MachineSpec, process: ProcessId, root: Root, cgroup: Cgroup, oci: OciRuntime) -> None:
+        self.spec = spec
+        self.address: IPv4Address = spec.slot.address
+        self._process = process
+        self._root = root
+        self._cgroup = cgroup
+        self._oci = oci
+        self._limits = spec.limits
+        self._one_save = asyncio.Lock()
+
+    def record(self) -> dict[str, Any]:
+        return {"pid": self._process.pid, "started": self._process.started}
+
+    async def alive(self) -> bool:
+        return processes.is_alive(self._process)
+
+    async def wait(self) -> str:
+        await processes.wait_for_end(self._process)
+        with contextlib.suppress(OSError):
+            if (await asyncio.to_thread(self._cgroup.read)).oom_kills:
+                return f"the machine ran out of its {self._limits.memory_mb} MiB of memory"
+        return "the machine's first process ended"
+
+    async def set_limits(self, limits: Limits) -> None:
+        """Change cpu, memory and pids at once. The size of the disk cannot change."""
+        try:
+            await asyncio.to_thread(self._cgroup.set_limits, limits)
+        except FileNotFoundError:
+            raise MachineGone("the machine has ended") from None
+        except OSError as error:
+            raise RuntimeFailure(f"the limits could not be set: {error}") from error
+        self._limits = limits
+
+    async def pause(self) -> None:
+        try:
+            await self._cgroup.freeze()
+        except FileNotFoundError:
+            raise MachineGone("the machine has ended") from None
+
+    async def resume(self) -> None:
+        try:
+            await self._cgroup.thaw()
+        except FileNotFoundError:
+            raise MachineGone("the machine has ended") from None
+
+    async def save(self, into: Path, *, memory: bool) -> Saved:
+        """Copy the upper. The machine stands still for as long as that takes."""
+        if memory:
+            raise NotSupported("containers cannot save their memory; save the files only")
+        async with self._one_save:
+            if not await self.alive():
+                raise MachineGone("the machine has ended")
+            target = into / _UPPER
+            marker = self.spec.directory / _SAVING
+            try:
+                await asyncio.to_thread(self._root.trim)
+                frozen_before = await asyncio.to_thread(self._cgroup.is_frozen)
+                if not frozen_before:
+                    await asyncio.to_thread(marker.touch)
+                    await self._cgroup.freeze()
+                try:
+                    await asyncio.shield(asyncio.to_thread(self._copy_upper, target))
+                finally:
+                    if not frozen_before:
+                        await self._cgroup.thaw()
+            except OSError as error:
+                await asyncio.to_thread(target.unlink, missing_ok=True)
+                raise RuntimeFailure(f"the machine's disk could not be saved: {error}") from error
+            finally:
+                await asyncio.to_thread(marker.unlink, missing_ok=True)
+        return Saved(runtime=NAME, directory=into, upper=target, memory=False)
+
+    def _copy_upper(self, target: Path) -> None:
+        with self._root.quiet():
+            clone_image(self.spec.upper, target)
+
+    async def recover(self) -> None:
+        """After a crash of the node: finish what a save had stopped."""
+        await asyncio.to_thread(self._root.wake)
+        marker = self.spec.directory / _SAVING
+        if marker.exists():
+            await self._cgroup.thaw()
+            marker.unlink()
+
+    async def stats(self) -> Stats:
+        try:
+            reading = await asyncio.to_thread(self._cgroup.read)
+            disk = await asyncio.to_thread(self._read_disk)
+        except OSError:
+            raise MachineGone("the machine has ended") from None
+        return Stats(
+            cpu_seconds=reading.cpu_seconds,
+            memory_used=reading.memory_used,
+            memory_total=min(reading.memory_total, self._limits.memory_mb * 1024 * 1024),
+            memory_cache=reading.memory_cache,
+            disk_used=(disk.f_blocks - disk.f_bfree) * disk.f_frsize,
+            disk_total=disk.f_blocks * disk.f_frsize,
+            oom_kills=reading.oom_kills,
+        )
+
+    def _read_disk(self) -> os.statvfs_result:
+        log = self._root.upper / "agent.log"
+        with contextlib.suppress(FileNotFoundError):
+            if log.stat().st_size > _LOG_BYTES:
+                os.truncate(log, 0)  # it is written in append mode
+        return os.statvfs(self._root.upper)
+
+    async def destroy(self) -> None:
+        await end_container(self.spec.machine_id, self._process, self._root, self._cgroup, self._oci)
+
+
+async def end_container(
+    machine_id: str, process: ProcessId | None, root: Root, cgroup: Cgroup, oci: OciRuntime
+) -> None:
+    """End every process and remove every trace. Idempotent, and right for half-made containers.
+
+    Raises:
+        RuntimeFailure: a process could not be ended.
+    """
+    if process is not None:
+        processes.kill(process)
+    await asyncio.to_thread(_kill_members, cgroup)
+    if process is not None:
+        try:
+            async with asyncio.timeout(_END_SECONDS):
+                await processes.wait_for_end(process)
+        except TimeoutError:
+            raise RuntimeFailure(f"the machine's processes did not end within {_END_SECONDS:g} s") from None
+    await oci.delete(machine_id)
+    await asyncio.to_thread(cgroup.remove)
+    await asyncio.to_thread(root.remove)
+
+
+def _kill_members(cgroup: Cgroup) -> None:
+    """Kill what is in the cgroup, and let frozen processes go so that they can die."""
+    for pid in cgroup.members():
+        identity = processes.identify(pid)
+        if identity is not None:
+            processes.kill(identity)
+    with contextlib.suppress(OSError):
+        cgroup.request_freeze(False)
