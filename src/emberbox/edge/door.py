@@ -1,7 +1,7 @@
 """The door: HAProxy and the route table, kept in step.
 
-The map file is the truth. A change is written there first and then told to HAProxy; whatever dies in between, the file is
-what HAProxy reads when it starts, and what a running one is compared with.
+The map file is the truth. A change is written there first and then told to HAProxy; whatever dies in between, the file
+is what HAProxy reads when it starts, and what a running one is compared with.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Door:
             self.paths.home.mkdir(parents=True, exist_ok=True)
             for sentence in self.table.load():
                 log.warning("edge.route_unreadable", reason=sentence)
-            self.table.save()
+            await asyncio.to_thread(self.table.save)
             self._link_certificate()
             changed = self._write_config()
             if await self.proxy.adopt():
@@ -91,7 +91,7 @@ class Door:
         """Add or change a route; the next request follows it. Sessions to an address it had before are ended."""
         async with self._lock:
             placed, before = self.table.put(route)
-            self.table.save()
+            await asyncio.to_thread(self.table.save)
             if self.table.capacity != self._rendered_for:
                 await self._reload()
             else:
@@ -105,7 +105,7 @@ class Door:
             placed = self.table.drop(sandbox_id)
             if placed is None:
                 return
-            self.table.save()
+            await asyncio.to_thread(self.table.save)
             try:
                 await self._admin.del_map(self.paths.routes, sandbox_id)
             except AdminFailed as error:
@@ -124,7 +124,7 @@ class Door:
                 _, before = self.table.put(route)
                 if before is not None:
                     freed += before.lanes
-            self.table.save()
+            await asyncio.to_thread(self.table.save)
             if self.table.capacity != self._rendered_for:
                 await self._reload()
             else:

@@ -92,7 +92,7 @@ async def _reload(door: Door) -> None:
 async def _listen(settings: Settings, service: EdgeService) -> grpc.aio.Server:
     target = settings.edge_target
     server = grpc.aio.server()
-    edge_pb2_grpc.add_EdgeServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    edge_pb2_grpc.add_EdgeServicer_to_server(service, server)
     if target.startswith("unix:"):
         path = Path(target.removeprefix("unix://" if target.startswith("unix:///") else "unix:"))
         path.parent.mkdir(parents=True, exist_ok=True)

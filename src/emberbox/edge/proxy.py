@@ -1,7 +1,7 @@
 """The HAProxy process: started, adopted, watched, reloaded and stopped.
 
-It runs in a session of its own and outlives the process that started it, so that a killed edge cuts nobody off. The next
-edge finds it by the master's socket.
+It runs in a session of its own and outlives the process that started it, so that a killed edge cuts nobody off. The
+next edge finds it by the master's socket.
 """
 
 from __future__ import annotations
@@ -169,15 +169,22 @@ class Proxy:
 
     async def _end_leftover(self) -> None:
         """End an HAProxy of this edge that runs but does not answer."""
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(self._paths.pid.read_text())
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if os.fsencode(self._paths.config) not in words:
-                return
+        pid = _leftover(self._paths)
+        if pid is not None:
             log.warning("edge.haproxy_does_not_answer", pid=pid)
             if self._watch(pid):
                 _signal(pid, signal.SIGKILL)
                 await self._exited.wait()
+
+
+def _leftover(paths: Paths) -> int | None:
+    """The process in the pid file, if it still is the HAProxy of this edge."""
+    try:
+        pid = int(paths.pid.read_text())
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError):
+        return None
+    return pid if os.fsencode(paths.config) in words else None
 
 
 def write_text(path: Path, text: str) -> None:

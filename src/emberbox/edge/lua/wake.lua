@@ -143,5 +143,5 @@ core.register_action("adapt", {"http-req"}, function(txn)
   if https_ports and ("," .. https_ports .. ","):find("," .. port .. ",", 1, true) then
     txn:set_var("txn.tls", true)
   end
-  if mask then txn:set_var("txn.masked", (mask:gsub("%${PORT}", port))) end
+  if mask and mask ~= "" then txn:set_var("txn.masked", (mask:gsub("%${PORT}", port))) end
 end, 0)
