@@ -9,9 +9,11 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from asyncio.subprocess import Process
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _TAIL = 2000
 
@@ -80,14 +82,16 @@ async def run(
     """
     words = tuple(os.fspath(word) for word in argv)
     try:
-        process = await asyncio.create_subprocess_exec(
-            *words,
-            stdin=asyncio.subprocess.DEVNULL if input is None else asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=env,
-            cwd=cwd,
-            start_new_session=True,
+        process = await _start(
+            asyncio.create_subprocess_exec(
+                *words,
+                stdin=asyncio.subprocess.DEVNULL if input is None else asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env=env,
+                cwd=cwd,
+                start_new_session=True,
+            )
         )
     except OSError as error:
         raise CommandFailed(words, f"could not be started ({error.strerror or error})") from error
@@ -98,8 +102,7 @@ async def run(
         raise CommandTimedOut(words, f"ran longer than {timeout:g} s and was killed") from None
     finally:
         if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _kill_group(process)
             await asyncio.shield(process.wait())
     code = process.returncode
     assert code is not None
@@ -108,3 +111,26 @@ async def run(
         why = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         raise CommandFailed(words, why, returncode=code, stderr=text)
     return CompletedRun(words, code, stdout, stderr)
+
+
+async def _start(starting: Coroutine[Any, Any, Process]) -> Process:
+    """Await the start of a process. A cancellation waits for it to be started, and kills it.
+
+    Cancelled in the middle, asyncio waits for ever for the ends of pipes that it never connected.
+    """
+    task = asyncio.ensure_future(starting)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError, OSError):
+                await asyncio.shield(task)
+        if not task.cancelled() and task.exception() is None:
+            _kill_group(task.result())
+            await asyncio.shield(task.result().wait())
+        raise
+
+
+def _kill_group(process: Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -17,7 +17,7 @@ import structlog
 from emberbox.node.errors import LayerMissing, NodeError
 from emberbox.node.hosting import Hosted, Hosting
 from emberbox.node.machines import Machines
-from emberbox.node.model import OPEN_NETWORK, EndReason, State
+from emberbox.node.model import EndReason, State
 from emberbox.node.records import SandboxRecord, SavedFacts
 from emberbox.node.sandbox import Sandbox
 from emberbox.runtime.base import MachineSpec
@@ -111,8 +111,7 @@ async def _find_machine(hosting: Hosting, record: SandboxRecord) -> Hosted | Non
     if record.state is State.RUNNING:
         # A pause or snapshot that was interrupted may have left it with its clock stopped.
         await machine.resume()
-    if record.network != OPEN_NETWORK:
-        await hosting.slots.apply(slot, record.network)
+    await hosting.slots.apply(slot, record.network)  # the forwarder of the last process knew it, ours does not
     return Hosted(machine, spec, facts.secret, hosting.agent(machine, facts.machine_id, facts.secret))
 
 

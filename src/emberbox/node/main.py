@@ -46,7 +46,9 @@ async def serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    node = Node(settings, await choose_runtime(settings), Slots(settings), Disks(settings))
+    runtime = await choose_runtime(settings)
+    slots = Slots(settings, taps=runtime.name == "firecracker")
+    node = Node(settings, runtime, slots, Disks(settings))
     server = grpc.aio.server(
         options=[
             ("grpc.max_send_message_length", _MESSAGE_BYTES),

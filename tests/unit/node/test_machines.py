@@ -1,0 +1,467 @@
+"""The life of sandboxes on a node, with a fake runtime."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from emberbox.node.errors import (
+    AgentFailure,
+    AlreadyHere,
+    Interrupted,
+    LayerMissing,
+    NodeFull,
+    NoSuchSandbox,
+    WrongState,
+)
+from emberbox.node.machines import Seed
+from emberbox.node.model import EndReason, Image, Network, State, TimeoutAction, now_ms
+from emberbox.runtime.errors import RuntimeFailure
+
+
+async def until(check: Any, seconds: float = 5.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not check():
+            await asyncio.sleep(0.005)
+
+
+def later(milliseconds: int) -> int:
+    return now_ms() + milliseconds
+
+
+async def test_a_created_sandbox_is_told_who_it_is(make_world: Any) -> None:
+    world = await make_world()
+
+    status = await world.create("s1", env_vars={"OWN": "1"}, access_token="secret")
+
+    init = world.runtime.of(world.node, "s1").agent.inits[-1]
+    assert status.state is State.RUNNING
+    assert status.address == str(world.runtime.of(world.node, "s1").address)
+    assert init["envVars"] == {"FROM": "template", "OWN": "1"}
+    assert (init["accessToken"], init["sandboxID"], init["templateID"]) == ("secret", "s1", "t1")
+    assert init["limits"] == {"cpuCount": 1, "memoryBytes": 128 << 20, "diskBytes": 512 << 20}
+
+
+async def test_an_id_is_used_once(make_world: Any) -> None:
+    world = await make_world()
+    await world.create("s1")
+
+    with pytest.raises(AlreadyHere, match="s1"):
+        await world.create("s1")
+
+    assert world.node.machines.find("s1").status().state is State.RUNNING
+
+
+async def test_a_failed_start_leaves_nothing(make_world: Any) -> None:
+    world = await make_world()
+    world.runtime.fail_start = "no room in the inn"
+
+    with pytest.raises(RuntimeFailure, match="no room in the inn"):
+        await world.create("s1")
+
+    assert world.left() == {}
+
+
+async def test_a_refused_init_leaves_nothing(make_world: Any) -> None:
+    world = await make_world()
+    world.runtime.refuse_init = True
+
+    with pytest.raises(AgentFailure, match="500"):
+        await world.create("s1")
+
+    assert world.left() == {}
+
+
+async def test_a_missing_layer_leaves_nothing(make_world: Any) -> None:
+    world = await make_world()
+
+    with pytest.raises(LayerMissing):
+        await world.create("s1", image=Image("b", ("missing",)))
+
+    assert world.left() == {}
+
+
+async def test_a_cancelled_create_leaves_nothing(make_world: Any) -> None:
+    world = await make_world()
+    reached = world.runtime.hold("start")
+    create = asyncio.create_task(world.create("s1"))
+    await reached.wait()
+
+    create.cancel()
+    await asyncio.gather(create, return_exceptions=True)
+
+    assert world.left() == {}
+
+
+async def test_a_machine_that_ends_while_it_starts_is_an_error_at_once(make_world: Any) -> None:
+    world = await make_world()
+    world.runtime.stall_init = True
+    create = asyncio.create_task(world.create("s1"))
+    await until(lambda: world.runtime.machines)
+    machine = next(iter(world.runtime.machines.values()))
+    await machine.agent.init_reached.wait()
+
+    await world.node.machines.kill("s1")
+
+    with pytest.raises(Interrupted, match="killed"):
+        await create
+    assert world.left() == {}
+
+
+async def test_a_node_that_is_full_says_so(make_world: Any) -> None:
+    world = await make_world(max_machines=1)
+    await world.create("s1")
+
+    with pytest.raises(NodeFull, match="runs 1 machines"):
+        await world.create("s2")
+
+
+async def test_a_network_policy_is_in_force_before_the_sandbox_is_there(make_world: Any) -> None:
+    world = await make_world()
+    closed = Network(allow_internet=False)
+
+    await world.create("s1", network=closed)
+
+    assert list(world.slots.policies.values()) == [closed]
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+async def test_pause_and_resume(make_world: Any, memory: bool, keep: bool) -> None:
+    world = await make_world(memory=memory)
+    await world.create("s1")
+    world.runtime.of(world.node, "s1").spec.upper.write_bytes(b"written by the user")
+
+    paused = await world.node.machines.pause("s1", memory=keep)
+    resumed = await world.node.machines.resume(
+        "s1", deadline_ms=later(60_000), on_timeout=TimeoutAction.PAUSE, discard_memory=False
+    )
+
+    machine = world.runtime.of(world.node, "s1")
+    assert (paused.state, paused.memory_kept, paused.deadline_ms, paused.address) == (State.PAUSED, keep, 0, "")
+    assert resumed.state is State.RUNNING
+    assert not machine.frozen
+    assert machine.spec.upper.read_bytes() == b"written by the user"
+    assert machine.agent.inits[-1]["accessToken"] == "token"
+    left = world.left()
+    assert (len(left["uppers"]), len(left["machines"]), len(left["slots"]), left.get("saved")) == (1, 1, 1, None)
+
+
+async def test_memory_on_the_disk_frees_the_machine(make_world: Any) -> None:
+    world = await make_world(memory=True)
+    await world.create("s1")
+
+    await world.node.machines.pause("s1", memory=True)
+
+    assert set(world.left()) == {"saved", "records", "sandboxes"}
+
+
+async def test_discarding_memory_starts_cold_from_the_files(make_world: Any, any_runtime: Any) -> None:
+    world = await make_world(runtime=any_runtime)
+    await world.create("s1")
+    before = world.runtime.of(world.node, "s1")
+    before.spec.upper.write_bytes(b"files")
+    await world.node.machines.pause("s1", memory=True)
+
+    await world.node.machines.resume("s1", deadline_ms=later(60_000), on_timeout=None, discard_memory=True)
+
+    machine = world.runtime.of(world.node, "s1")
+    assert machine is not before
+    assert before.destroyed
+    assert machine.spec.upper.read_bytes() == b"files"
+    assert not any(saved.memory for saved in world.runtime.restored)
+
+
+async def test_a_resume_that_fails_leaves_the_sandbox_paused(make_world: Any) -> None:
+    world = await make_world()
+    await world.create("s1")
+    world.runtime.of(world.node, "s1").spec.upper.write_bytes(b"files")
+    await world.node.machines.pause("s1", memory=False)
+    world.runtime.fail_start = "not now"
+
+    with pytest.raises(RuntimeFailure, match="not now"):
+        await world.node.machines.resume("s1", deadline_ms=later(60_000), on_timeout=None, discard_memory=False)
+
+    world.runtime.fail_start = ""
+    await world.node.machines.resume("s1", deadline_ms=later(60_000), on_timeout=None, discard_memory=False)
+    assert world.runtime.of(world.node, "s1").spec.upper.read_bytes() == b"files"
+
+
+async def test_a_pause_that_fails_leaves_the_sandbox_running(make_world: Any, any_runtime: Any) -> None:
+    world = await make_world(runtime=any_runtime)
+    await world.create("s1")
+    reached = world.runtime.hold("save" if any_runtime.capabilities.memory_snapshots else "pause")
+    pause = asyncio.create_task(world.node.machines.pause("s1", memory=True))
+    await reached.wait()
+
+    pause.cancel()
+    await asyncio.gather(pause, return_exceptions=True)
+
+    assert world.node.machines.find("s1").status().state is State.RUNNING
+    assert not world.runtime.of(world.node, "s1").frozen
+    assert world.left().get("saved") is None
+
+
+async def test_states_are_kept_apart(make_world: Any) -> None:
+    world = await make_world()
+    await world.create("s1")
+
+    with pytest.raises(WrongState, match="running, not paused"):
+        await world.node.machines.resume("s1", deadline_ms=later(1), on_timeout=None, discard_memory=False)
+    await world.node.machines.pause("s1", memory=True)
+    with pytest.raises(WrongState, match="paused, not running"):
+        await world.node.machines.pause("s1", memory=True)
+    with pytest.raises(NoSuchSandbox):
+        await world.node.machines.pause("s2", memory=True)
+
+
+@pytest.mark.parametrize(
+    ("point", "memory"), [("start", False), ("pause", False), ("pause", True), ("save", False), ("save", True)]
+)
+async def test_kill_in_the_middle_of_anything_leaves_nothing(make_world: Any, point: str, memory: bool) -> None:
+    world = await make_world(memory=memory)
+    if point == "start":
+        reached = world.runtime.hold("start")
+        operation = asyncio.create_task(world.create("s1"))
+    else:
+        await world.create("s1")
+        reached = world.runtime.hold(point)
+        work = (
+            world.node.snapshots.take("s1", "snap", memory=True)
+            if point == "save"
+            else world.node.machines.pause("s1", memory=True)
+        )
+        operation = asyncio.create_task(work)
+    await reached.wait()
+
+    await world.node.machines.kill("s1")
+
+    with pytest.raises(Interrupted):
+        await operation
+    assert world.left() == {}
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+async def test_kill_of_a_paused_sandbox_leaves_nothing(make_world: Any, memory: bool, keep: bool) -> None:
+    world = await make_world(memory=memory)
+    await world.create("s1")
+    await world.node.machines.pause("s1", memory=keep)
+
+    await world.node.machines.kill("s1")
+
+    assert world.left() == {}
+
+
+async def test_kill_during_resume_leaves_nothing(make_world: Any) -> None:
+    world = await make_world()
+    await world.create("s1")
+    await world.node.machines.pause("s1", memory=False)
+    reached = world.runtime.hold("start")
+    resume = asyncio.create_task(
+        world.node.machines.resume("s1", deadline_ms=later(60_000), on_timeout=None, discard_memory=False)
+    )
+    await reached.wait()
+
+    await world.node.machines.kill("s1")
+
+    with pytest.raises(Interrupted):
+        await resume
+    assert world.left() == {}
+
+
+async def test_two_kills_at_once_both_answer(make_world: Any) -> None:
+    world = await make_world()
+    await world.create("s1")
+
+    await asyncio.gather(world.node.machines.kill("s1"), world.node.machines.kill("s1"))
+
+    with pytest.raises(NoSuchSandbox):
+        await world.node.machines.kill("s1")
+    assert world.left() == {}
+
+
+async def test_a_kill_whose_caller_went_away_is_still_done(make_world: Any) -> None:
+    world = await make_world()
+    reached = world.runtime.hold("start")
+    create = asyncio.create_task(world.create("s1"))
+    await reached.wait()
+
+    kill = asyncio.create_task(world.node.machines.kill("s1"))
+    await asyncio.sleep(0)
+    kill.cancel()
+    await asyncio.gather(kill, create, return_exceptions=True)
+
+    assert world.left() == {}
+
+
+async def test_a_deadline_ends_the_sandbox_and_is_kept_until_acknowledged(make_world: Any) -> None:
+    world = await make_world()
+    with world.node.events.subscribe() as subscription:
+        await world.create("s1", deadline_ms=later(30))
+
+        async with asyncio.timeout(5):
+            event = await subscription.next()
+
+    assert (event.state, event.end_reason) == (State.ENDED, EndReason.TIMED_OUT)
+    await until(lambda: not world.runtime.machines)
+    assert [status.sandbox_id for status in world.node.machines.statuses()] == ["s1"]
+    await world.node.machines.acknowledge(["s1", "unknown"])
+    assert world.left() == {}
+
+
+@pytest.mark.parametrize(("action", "kept"), [(TimeoutAction.PAUSE, True), (TimeoutAction.PAUSE_FILES, False)])
+async def test_a_deadline_pauses_when_asked(
+    make_world: Any, any_runtime: Any, action: TimeoutAction, kept: bool
+) -> None:
+    world = await make_world(runtime=any_runtime)
+    with world.node.events.subscribe() as subscription:
+        await world.create("s1", deadline_ms=later(30), on_timeout=action)
+
+        async with asyncio.timeout(5):
+            event = await subscription.next()
+
+    assert (event.state, event.memory_kept) == (State.PAUSED, kept)
+
+
+async def test_a_deadline_can_be_moved_and_only_extended(make_world: Any) -> None:
+    world = await make_world()
+    far = later(60_000)
+    await world.create("s1", deadline_ms=later(100))
+
+    moved = await world.node.machines.set_deadline("s1", far, only_extend=False)
+    kept = await world.node.machines.set_deadline("s1", later(1), only_extend=True)
+    await asyncio.sleep(0.2)
+
+    assert moved.deadline_ms == kept.deadline_ms == far
+    assert world.node.machines.find("s1").status().state is State.RUNNING
+
+
+async def test_a_machine_that_dies_is_reported_and_removed(make_world: Any) -> None:
+    world = await make_world()
+    await world.create("s1")
+    machine = world.runtime.of(world.node, "s1")
+    with world.node.events.subscribe() as subscription:
+        machine.die("killed by the kernel: out of memory")
+
+        async with asyncio.timeout(5):
+            event = await subscription.next()
+
+    assert (event.state, event.end_reason) == (State.ENDED, EndReason.DIED)
+    assert "out of memory" in event.message
+    await until(lambda: set(world.left()) == {"records", "sandboxes"})
+
+
+async def test_a_frozen_machine_that_dies_leaves_its_files(make_world: Any) -> None:
+    world = await make_world()
+    await world.create("s1")
+    machine = world.runtime.of(world.node, "s1")
+    machine.spec.upper.write_bytes(b"files")
+    await world.node.machines.pause("s1", memory=True)
+    with world.node.events.subscribe() as subscription:
+        machine.die("killed")
+        async with asyncio.timeout(5):
+            event = await subscription.next()
+
+    await world.node.machines.resume("s1", deadline_ms=later(60_000), on_timeout=None, discard_memory=False)
+
+    assert (event.state, event.memory_kept) == (State.PAUSED, False)
+    assert world.runtime.of(world.node, "s1").spec.upper.read_bytes() == b"files"
+
+
+async def test_a_machine_that_cannot_be_ended_is_tried_again(make_world: Any) -> None:
+    world = await make_world()
+    await world.create("s1")
+    machine = world.runtime.of(world.node, "s1")
+    machine.refuse_destroy = True
+    await world.node.machines.kill("s1")
+    stuck = world.node.hosting.stuck
+
+    machine.refuse_destroy = False
+    await world.node.hosting.retry_stuck()
+
+    assert stuck == {machine.spec.machine_id}
+    assert world.left() == {}
+
+
+async def test_template_commands_run_before_the_sandbox_is_ready(make_world: Any) -> None:
+    world = await make_world()
+    image = Image("b", ("aa",), {"FROM": "template"}, start_command="serve", ready_command="ready")
+
+    await world.create("s1", image=image, env_vars={"OWN": "1"})
+
+    agent = world.runtime.of(world.node, "s1").agent
+    assert agent.commands == ["serve", "ready"]
+    assert [init["envVars"] for init in agent.inits] == [{"FROM": "template"}, {"FROM": "template", "OWN": "1"}]
+
+
+async def test_a_template_with_memory_is_started_once_and_then_restored(make_world: Any) -> None:
+    world = await make_world(memory=True)
+    image = Image("b", ("aa",), start_command="serve")
+    await world.create("s1", image=image)
+    await until(lambda: list((world.node.directory / "memories").glob("b-*")))
+    await until(lambda: len(world.runtime.machines) == 1)
+
+    await world.create("s2", image=image)
+
+    assert [saved.memory for saved in world.runtime.restored] == [True]
+    assert world.runtime.of(world.node, "s2").agent.commands == []
+    assert world.runtime.of(world.node, "s2").agent.inits[-1]["controlHash"]
+
+
+async def test_a_snapshot_starts_others_and_leaves_its_source_running(make_world: Any, any_runtime: Any) -> None:
+    world = await make_world(runtime=any_runtime)
+    await world.create("s1", env_vars={"A": "1"})
+    world.runtime.of(world.node, "s1").spec.upper.write_bytes(b"snapped")
+
+    meta = await world.node.snapshots.take("s1", "snap", memory=True)
+    new = world.new("s2", image=None, snapshot_id="snap", env_vars={"B": "2"})
+    await world.node.machines.create(new, await world.node.snapshots.seed("snap", new.limits))
+
+    copy = world.runtime.of(world.node, "s2")
+    assert meta.saved.memory is any_runtime.capabilities.memory_snapshots
+    assert copy.spec.upper.read_bytes() == b"snapped"
+    assert copy.agent.inits[-1]["envVars"] == {"FROM": "template", "A": "1", "B": "2"}
+    assert not world.runtime.of(world.node, "s1").frozen
+
+
+@pytest.mark.parametrize("keep", [False, True])
+async def test_a_paused_sandbox_can_be_snapped(make_world: Any, any_runtime: Any, keep: bool) -> None:
+    world = await make_world(runtime=any_runtime)
+    await world.create("s1")
+    world.runtime.of(world.node, "s1").spec.upper.write_bytes(b"paused")
+    await world.node.machines.pause("s1", memory=keep)
+
+    await world.node.snapshots.take("s1", "snap", memory=True)
+    seed = await world.node.snapshots.seed("snap", world.new("s2").limits)
+    await world.node.machines.create(world.new("s2", image=None, snapshot_id="snap"), seed)
+
+    assert world.node.machines.find("s1").status().state is State.PAUSED
+    assert world.runtime.of(world.node, "s2").spec.upper.read_bytes() == b"paused"
+
+
+async def test_forks_are_copies_and_the_fork_leaves_no_snapshot(make_world: Any, any_runtime: Any) -> None:
+    world = await make_world(runtime=any_runtime, max_machines=3)
+    await world.create("s1")
+    world.runtime.of(world.node, "s1").spec.upper.write_bytes(b"forked")
+    news = [world.new(f"f{number}", image=None, snapshot_id="fork") for number in range(3)]
+
+    results = await world.node.snapshots.fork("s1", news)
+
+    running = [result for result in results if not isinstance(result, str)]
+    refused = [result for result in results if isinstance(result, str)]
+    assert len(running) == 2
+    assert "may run 3" in refused[0]
+    assert world.runtime.of(world.node, running[0].sandbox_id).spec.upper.read_bytes() == b"forked"
+    assert world.left().get("snapshots") is None
+
+
+async def test_seeds_of_two_kinds_cannot_be_mixed_up(make_world: Any) -> None:
+    world = await make_world()
+    new = world.new("s1")
+
+    status = await world.node.machines.create(new, Seed(new.image, new.limits))
+
+    assert status.sandbox_id == "s1"

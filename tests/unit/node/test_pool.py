@@ -1,0 +1,145 @@
+"""The warm pool."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from emberbox.node.model import Image
+
+
+async def until(check: Any, seconds: float = 5.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not check():
+            await asyncio.sleep(0.005)
+
+
+async def test_the_first_create_is_cold_and_the_next_takes_a_waiting_machine(make_world: Any) -> None:
+    world = await make_world(warm_max=4)
+    await world.create("s1")
+    await until(lambda: world.node.pool.size == 1)
+    (waiting,) = world.node.pool.machine_ids
+
+    await world.create("s2", access_token="second")
+
+    machine = world.runtime.of(world.node, "s2")
+    assert machine.spec.machine_id == waiting
+    assert machine.agent.inits[-1]["accessToken"] == "second"
+
+
+async def test_paused_machines_are_woken(make_world: Any) -> None:
+    world = await make_world(memory=True, warm_max=4)
+    await world.create("s1")
+    await until(lambda: world.node.pool.size == 1)
+    (waiting,) = world.node.pool.machine_ids
+    was_frozen = world.runtime.machines[waiting].frozen
+
+    await world.create("s2")
+
+    machine = world.runtime.of(world.node, "s2")
+    assert machine.spec.machine_id == waiting
+    assert was_frozen
+    assert not machine.frozen
+
+
+async def test_it_grows_with_demand_up_to_its_bound(make_world: Any) -> None:
+    world = await make_world(warm_max=3)
+
+    for number in range(6):
+        await world.create(f"s{number}")
+
+    await until(lambda: world.node.pool.size == 3)
+    await asyncio.sleep(0.05)
+    assert world.node.pool.size == 3
+
+
+async def test_it_shrinks_when_nobody_asks(make_world: Any) -> None:
+    world = await make_world(warm_max=3)
+    await world.create("s1")
+    await until(lambda: world.node.pool.size == 1)
+
+    world.node.pool._idle_seconds = 0.0
+    await asyncio.sleep(0.01)
+    await world.node.pool.tend()
+
+    assert world.node.pool.size == 0
+    assert len(world.runtime.machines) == 1
+
+
+async def test_other_sizes_and_builds_have_their_own(make_world: Any) -> None:
+    world = await make_world(warm_max=2)
+    await world.create("s1")
+    await until(lambda: world.node.pool.size == 1)
+    (waiting,) = world.node.pool.machine_ids
+
+    await world.create("s2", image=Image("other", ("aa",)))
+
+    assert world.runtime.of(world.node, "s2").spec.machine_id != waiting
+
+
+async def test_a_waiting_machine_that_dies_is_replaced(make_world: Any) -> None:
+    world = await make_world(warm_max=1)
+    await world.create("s1")
+    await until(lambda: world.node.pool.size == 1)
+    (waiting,) = world.node.pool.machine_ids
+    machine = world.runtime.machines[waiting]
+
+    machine.die("killed")
+    await until(lambda: machine.destroyed)
+    await world.node.pool.tend()
+
+    await until(lambda: world.node.pool.size == 1)
+    assert waiting not in world.node.pool.machine_ids
+
+
+async def test_a_waiting_machine_that_fails_its_claim_is_not_the_users_problem(make_world: Any) -> None:
+    world = await make_world(warm_max=1)
+    await world.create("s1")
+    await until(lambda: world.node.pool.size == 1)
+    (waiting,) = world.node.pool.machine_ids
+    broken = world.runtime.machines[waiting]
+    broken.agent.refuse_init = True
+
+    status = await world.create("s2")
+
+    assert status.address
+    assert broken.destroyed
+
+
+async def test_waiting_machines_give_way_on_a_full_node(make_world: Any) -> None:
+    world = await make_world(warm_max=1)
+    world.slots.size = 2
+    await world.create("s1")
+    await until(lambda: world.node.pool.size == 1)
+
+    status = await world.create("s2", image=Image("other", ("aa",)))
+
+    assert status.address
+
+
+async def test_stopping_the_node_ends_waiting_machines_only(make_world: Any) -> None:
+    world = await make_world(warm_max=2)
+    await world.create("s1")
+    await until(lambda: world.node.pool.size == 1)
+
+    await world.node.close()
+
+    assert len(world.runtime.machines) == 1
+    await world.start()
+    assert world.node.machines.find("s1").status().address
+
+
+async def test_a_killed_create_returns_nothing_to_the_pool(make_world: Any) -> None:
+    world = await make_world(warm_max=1)
+    await world.create("s1")
+    await until(lambda: world.node.pool.size == 1)
+    (waiting,) = world.node.pool.machine_ids
+    machine = world.runtime.machines[waiting]
+    machine.agent.stall_init.clear()
+    create = asyncio.create_task(world.create("s2"))
+    await machine.agent.init_reached.wait()
+
+    await world.node.machines.kill("s2")
+
+    await asyncio.gather(create, return_exceptions=True)
+    assert machine.destroyed
