@@ -8,8 +8,9 @@
 // Linux keeps credentials per thread. Do takes a thread for itself, gives it
 // the user's file-system uid, gid and groups, drops its effective
 // capabilities, and puts all back afterwards. A thread that cannot be put back
-// is destroyed. The Go runtime never clones new threads from a locked one, so
-// the identity does not leak.
+// (or whose function panicked) stays locked to its goroutine and dies with it.
+// The Go runtime never clones new threads from a locked one, so the identity
+// does not leak.
 package asuser
 
 import (
@@ -34,23 +35,14 @@ func Do(u *users.User, f func() error) error {
 		}
 		return f()
 	}
-	var err error
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread()
-		var saved state
-		saved, err = enter(u)
-		if err != nil {
-			return // still locked: the thread dies with this goroutine
-		}
-		// A panic in f ends the program, as anywhere else: leave runs on the good path only.
-		err = f()
-		if saved.leave() {
-			runtime.UnlockOSThread()
-		}
-	}()
-	<-done
+	runtime.LockOSThread()
+	saved, err := enter(u)
+	if err != nil {
+		return err // the thread stays locked: see the package's comment
+	}
+	if err = f(); saved.leave() {
+		runtime.UnlockOSThread()
+	}
 	return err
 }
 
