@@ -39,7 +39,12 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         self.ended: dict[str, pb.MachineStatus] = {}
         self.snapshots: dict[str, pb.SnapshotStatus] = {}
         self.builds: list[pb.BuildRequest] = []
-        self.build_events: list[pb.BuildEvent] = []
+        self.layers = ["ab" * 32]
+        self.build_events: list[pb.BuildEvent] = [
+            pb.BuildEvent(progress=pb.BuildProgress(stage="unpacking", fraction=0.5)),
+            pb.BuildEvent(log=pb.BuildLog(entry=pb.LogEntry(level="info", message="one"), step="base")),
+            pb.BuildEvent(done=pb.BuildDone(image=pb.Image(layers=self.layers), size_bytes=4096, agent_version="0.1")),
+        ]
         self.deleted_builds: list[pb.DeleteBuildRequest] = []
         self.calls: list[tuple[str, Any]] = []
         self.before: dict[str, Hook] = {}
@@ -114,6 +119,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             disk_bytes=100 << 30,
             disk_free_bytes=50 << 30,
             machines_running=len(self.machines),
+            layers=self.layers,
             cpu_architecture="x86_64",
             cpu_model="Fake",
             service_instance_id=self.instance,

@@ -10,12 +10,38 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from emberbox import __version__
-from emberbox.api import edge, errors, health, lifecycle, sandboxes
+from emberbox.api import (
+    accounts,
+    admin,
+    builds,
+    edge,
+    errors,
+    health,
+    later,
+    lifecycle,
+    sandboxes,
+    snapshots,
+    tags,
+    templates,
+)
 from emberbox.api.middleware import BodyLimit, EncodedSlashes, Measured
 from emberbox.control.service import ControlPlane
 from emberbox.settings import Settings
 
-_ROUTERS = (health.router, sandboxes.router, lifecycle.router, edge.router)
+_ROUTERS = (
+    health.router,
+    sandboxes.router,
+    lifecycle.router,
+    snapshots.router,
+    # Before `templates`: /templates/tags is not a template.
+    tags.router,
+    templates.router,
+    builds.router,
+    accounts.router,
+    admin.router,
+    later.router,
+    edge.router,
+)
 
 
 def create_app(settings: Settings) -> FastAPI:

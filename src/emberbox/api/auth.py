@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from emberbox.control.accounts import Principal, check_same_team
+from emberbox.control.accounts import Principal, check_team_id
 from emberbox.control.errors import Unauthorized
 from emberbox.control.service import ControlPlane
 from emberbox.control.tokens import API_KEY_PREFIX
@@ -37,8 +37,7 @@ async def principal(request: Request) -> Principal:
         return Principal(await control.accounts.team(team_id), None, None)
     else:
         raise Unauthorized("send an API key in the X-API-Key header")
-    if team_id := headers.get("x-team-id"):
-        check_same_team(found, team_id)
+    check_team_id(found.team, headers.get("x-team-id"))
     control.rates.take(found.team)
     return found
 

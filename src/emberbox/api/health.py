@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from fastapi import Response
 from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 
@@ -20,6 +22,12 @@ _NODES = Gauge("emberbox_nodes_connected", "Nodes whose event stream is up")
 @router.get("/health", status_code=204, responses=declared(401))
 async def health() -> None:
     """The process answers."""
+
+
+@router.get("/startup", include_in_schema=False)
+async def startup(plane: Control) -> dict[str, dict[str, object]]:
+    """How far the `base` template is, for `emberbox up`."""
+    return {"base": asdict(plane.builds.startup)}
 
 
 @router.get("/metrics", include_in_schema=False)

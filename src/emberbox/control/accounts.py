@@ -196,12 +196,12 @@ _UNKNOWN: dict[CredentialKind, str] = {
 }
 
 
-def check_same_team(principal: Principal, team_id: str) -> None:
+def check_team_id(team: TeamRecord, team_id: str | None) -> None:
     """
     Raises:
         Forbidden: the request names another team than the credential's.
     """
-    if principal.team.id != team_id:
+    if team_id is not None and team.id != team_id:
         raise Forbidden(f"the credential does not belong to team {team_id[:64]!r}")
 
 

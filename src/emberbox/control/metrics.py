@@ -95,6 +95,10 @@ class Metrics:
             return end_ms, 0.0
         return best.timestamp_ms, float(getattr(best, name))
 
+    async def running_by_team(self) -> dict[str, int]:
+        """Team ID -> how many of its sandboxes run."""
+        return await sandbox_rows.running_by_team(self._plane.store)
+
     def _interval(self, start: int | None, end: int | None) -> tuple[int, int]:
         now = now_ms()
         end_ms = now if end is None else (end + 1) * 1000 - 1

@@ -8,8 +8,10 @@ from types import TracebackType
 import structlog
 
 from emberbox.control.accounts import Accounts
+from emberbox.control.builds import Builds
 from emberbox.control.clock import now_ms
 from emberbox.control.edges import Edge, route_of
+from emberbox.control.fleet import Fleet
 from emberbox.control.lifecycle import Lifecycle
 from emberbox.control.limits import RateLimits
 from emberbox.control.logs import Logs
@@ -18,7 +20,9 @@ from emberbox.control.nodes import Node, Nodes
 from emberbox.control.plane import Plane
 from emberbox.control.reconcile import Reconciler, watch
 from emberbox.control.sandboxes import Sandboxes
+from emberbox.control.snapshots import Snapshots
 from emberbox.control.states import State
+from emberbox.control.tags import Tags
 from emberbox.control.templates import Templates
 from emberbox.control.tokens import SandboxTokens
 from emberbox.settings import Settings
@@ -54,6 +58,10 @@ class ControlPlane:
         self.lifecycle = Lifecycle(self.plane, self.sandboxes)
         self.metrics = Metrics(self.plane)
         self.logs = Logs(self.plane)
+        self.builds = Builds(self.plane)
+        self.snapshots = Snapshots(self.plane, self.templates, self.sandboxes, self.builds)
+        self.tags = Tags(self.plane, self.templates)
+        self.fleet = Fleet(self.plane)
         self._reconciler = Reconciler(self.plane, self.lifecycle, self.metrics)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -64,6 +72,7 @@ class ControlPlane:
             asyncio.create_task(watch(self.plane, self._reconciler), name="watch nodes"),
             asyncio.create_task(self._edge.keep_connected(), name="keep edge"),
             asyncio.create_task(self._upkeep(), name="upkeep"),
+            asyncio.create_task(self.builds.ensure_base(), name="ensure base"),
         ]
         for task in self._tasks:
             task.add_done_callback(_report_end)

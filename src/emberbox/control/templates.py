@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import structlog
 
 from emberbox.control.clock import now_ms
-from emberbox.control.errors import Conflict, ControlError, Forbidden, Invalid, NotFound
+from emberbox.control.errors import ControlError, Forbidden, Invalid, NotFound
 from emberbox.control.names import TemplateRef, did_you_mean, parse_ref
 from emberbox.control.plane import Plane
 from emberbox.store import templates as rows
-from emberbox.store.records import BuildRecord, TeamRecord, TemplateRecord
+from emberbox.store.records import BuildLogRecord, BuildRecord, TeamRecord, TemplateRecord
 
 log = structlog.get_logger()
 
@@ -117,25 +117,69 @@ class Templates:
         found = await rows.page(self._plane.store, team_id=None, kind="template", only_default=True)
         return await self._views(team, found)
 
+    async def builds(self, template: TemplateRecord, *, limit: int, after: tuple[int, str] | None) -> list[BuildRecord]:
+        """Builds of a template, newest first."""
+        return await rows.builds_page(self._plane.store, template.id, limit=limit, after=after)
+
+    async def build(self, team: TeamRecord, text: str, build_id: str) -> tuple[TemplateRecord, BuildRecord]:
+        """A build of a template.
+
+        Raises:
+            NotFound: no such template, or no such build of it.
+        """
+        template = await self.find(team, text)
+        build = await rows.get_build(self._plane.store, build_id) if "\0" not in build_id else None
+        if build is None or build.template_id != template.id:
+            raise NotFound(f"template {text!r} has no build {build_id[:64]!r}")
+        return template, build
+
+    async def build_logs(
+        self, build: BuildRecord, *, position: int, limit: int, levels: tuple[str, ...]
+    ) -> list[BuildLogRecord]:
+        """Log entries from a position on. A position counts every entry, whatever its level."""
+        found = await rows.logs_from(self._plane.store, build.id, position=position, limit=limit)
+        return [entry for entry in found if entry.level in levels]
+
+    async def build_logs_by_time(
+        self, build: BuildRecord, *, cursor_ms: int | None, limit: int, backward: bool, levels: tuple[str, ...]
+    ) -> list[BuildLogRecord]:
+        return await rows.logs_by_time(
+            self._plane.store, build.id, cursor_ms=cursor_ms, limit=limit, backward=backward, levels=levels
+        )
+
     async def names(self, template_id: str) -> list[tuple[str, str]]:
         return (await rows.aliases_of(self._plane.store, [template_id])).get(template_id, [])
 
     async def set_public(self, template: TemplateRecord, public: bool) -> None:
         await rows.change(self._plane.store, template.id, {"public": public, "updated_at": now_ms()})
 
-    async def delete(self, template: TemplateRecord) -> None:
+    async def delete(self, team: TeamRecord, text: str) -> None:
         """Remove a template or a snapshot with its builds, here and on the nodes that hold them.
 
+        A snapshot named with a tag loses that build alone, while it has others. Sandboxes that were started from what
+        is removed go on: nodes keep the layers that something stands on.
+
         Raises:
-            Conflict: sandboxes that live were started from it and need its layers.
+            NotFound: no such template or snapshot.
+            Forbidden: another team's, or one that comes with the installation.
         """
         store = self._plane.store
-        if many := await rows.used_by(store, template.id):
-            raise Conflict(f"template {template.id!r} is used by {many} sandboxes; kill them first")
-        builds, unused = await rows.delete_template(store, template.id)
+        ref = parse_ref(text)
+        template, _, build = await self._find(team, ref)
+        if template.team_id != team.id or template.is_default:
+            raise Forbidden(f"template {text!r} is not yours to delete")
+        if template.kind == "snapshot" and ref.tag is not None:
+            if build is None:
+                raise NotFound(f"snapshot {str(ref)!r} not found")
+            if len(await rows.builds_page(store, template.id, limit=2)) > 1:
+                await self._gone(*await rows.delete_build(store, build.id))
+                return
+        await self._gone(*await rows.delete_template(store, template.id))
+        log.info("template.deleted", template_id=template.id, team_id=team.id)
+
+    async def _gone(self, builds: list[BuildRecord], unused_layers: set[str]) -> None:
         for build in builds:
-            await self._delete_on_node(build, sorted(unused.intersection(build.layers)))
-        log.info("template.deleted", template_id=template.id, builds=len(builds))
+            await self._delete_on_node(build, sorted(unused_layers.intersection(build.layers)))
 
     async def _delete_on_node(self, build: BuildRecord, layers: list[str]) -> None:
         if not build.node_id:

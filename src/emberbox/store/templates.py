@@ -14,7 +14,6 @@ from emberbox.store.errors import DuplicateName
 from emberbox.store.records import BuildLogRecord, BuildRecord, TagRecord, TemplateRecord, fields, values
 from emberbox.store.tables import (
     build_logs,
-    sandboxes,
     template_aliases,
     template_builds,
     template_tags,
@@ -269,17 +268,6 @@ async def delete_build(store: Store, build_id: str) -> tuple[list[BuildRecord], 
         builds = await _builds(connection, template_builds.c.id == build_id)
         await connection.execute(delete(template_builds).where(template_builds.c.id == build_id))
         return builds, await _unused_layers(connection, builds)
-
-
-async def used_by(store: Store, template_id: str) -> int:
-    """How many sandboxes that have not ended were started from the template."""
-    query = (
-        select(func.count())
-        .select_from(sandboxes)
-        .where(sandboxes.c.template_id == template_id, sandboxes.c.state != "ended")
-    )
-    async with store.read() as connection:
-        return (await connection.execute(query)).scalar_one()
 
 
 # ---- tags

@@ -1,0 +1,102 @@
+"""Bodies of the team, key and token operations. Field names are the API's."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel
+
+from emberbox.api.fields import Text, at, at_or_none
+from emberbox.api.template_models import TeamUser
+from emberbox.control.accounts import NewCredential
+from emberbox.store.records import CredentialRecord
+
+
+class Mask(BaseModel):
+    """What may be shown of a credential."""
+
+    prefix: str
+    valueLength: int
+    maskedValuePrefix: str
+    maskedValueSuffix: str
+
+
+class Named(BaseModel):
+    name: Text
+
+
+class TeamShown(BaseModel):
+    teamID: str
+    name: str
+    apiKey: str
+    isDefault: bool
+
+
+class TeamMetric(BaseModel):
+    timestamp: datetime
+    timestampUnix: int
+    concurrentSandboxes: int
+    sandboxStartRate: float
+
+
+class MaxTeamMetric(BaseModel):
+    timestamp: datetime
+    timestampUnix: int
+    value: float
+
+
+class ApiKey(BaseModel):
+    id: str
+    name: str
+    mask: Mask
+    createdAt: datetime
+    createdBy: TeamUser | None = None
+    lastUsed: datetime | None = None
+
+
+class CreatedApiKey(ApiKey):
+    key: str
+
+
+class CreatedAccessToken(BaseModel):
+    id: str
+    name: str
+    token: str
+    mask: Mask
+    createdAt: datetime
+
+
+def api_key(record: CredentialRecord) -> ApiKey:
+    return ApiKey(**_key(record))
+
+
+def created_api_key(made: NewCredential) -> CreatedApiKey:
+    return CreatedApiKey(**_key(made.record), key=made.value)
+
+
+def created_access_token(made: NewCredential) -> CreatedAccessToken:
+    record = made.record
+    return CreatedAccessToken(
+        id=record.id, name=record.name, token=made.value, mask=_mask(record), createdAt=at(record.created_at)
+    )
+
+
+def _key(record: CredentialRecord) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "name": record.name,
+        "mask": _mask(record),
+        "createdAt": at(record.created_at),
+        "createdBy": None,
+        "lastUsed": at_or_none(record.last_used_at),
+    }
+
+
+def _mask(record: CredentialRecord) -> Mask:
+    return Mask(
+        prefix=record.prefix,
+        valueLength=record.value_length,
+        maskedValuePrefix=record.masked_prefix,
+        maskedValueSuffix=record.masked_suffix,
+    )

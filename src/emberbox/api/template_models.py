@@ -1,0 +1,366 @@
+"""Bodies of the template, build and tag operations. Field names are the API's."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from emberbox.api.fields import Text, at, at_or_none
+from emberbox.control.plane import envd_version
+from emberbox.control.tags import Assignment
+from emberbox.control.templates import TemplateView
+from emberbox.store.records import BuildLogRecord, BuildRecord, TagRecord, TemplateRecord
+
+BuildStatus = Literal["building", "waiting", "ready", "error"]
+LogLevel = Literal["debug", "info", "warn", "error"]
+CpuCount = Annotated[int, Field(ge=1, le=256)]
+MemoryMB = Annotated[int, Field(ge=128, le=1024 * 1024)]
+DiskMB = Annotated[int, Field(ge=0, le=16 * 1024 * 1024)]
+
+LEVELS: tuple[LogLevel, ...] = ("debug", "info", "warn", "error")
+
+
+def levels_from(lowest: LogLevel | None) -> tuple[str, ...]:
+    """A level and those above it."""
+    return LEVELS[LEVELS.index(lowest) :] if lowest else LEVELS
+
+
+# ---- requests
+
+
+class TemplateUpdate(BaseModel):
+    public: bool | None = None
+
+
+class NewTemplateV1(BaseModel):
+    dockerfile: str
+    alias: Text | None = None
+    teamID: Text | None = None
+    startCmd: Text | None = None
+    readyCmd: Text | None = None
+    cpuCount: CpuCount | None = None
+    memoryMB: MemoryMB | None = None
+
+
+class NewTemplateV2(BaseModel):
+    alias: Annotated[Text, Field(max_length=128)]
+    teamID: Text | None = None
+    cpuCount: CpuCount | None = None
+    memoryMB: MemoryMB | None = None
+
+
+class NewTemplateV3(BaseModel):
+    name: Annotated[Text, Field(max_length=300)] | None = None
+    tags: list[Text] | None = None
+    alias: Annotated[Text, Field(max_length=128)] | None = None
+    teamID: Text | None = None
+    cpuCount: CpuCount | None = None
+    memoryMB: MemoryMB | None = None
+    minFreeDiskMB: DiskMB | None = None
+
+
+class AwsRegistry(BaseModel):
+    type: Literal["aws"]
+    awsAccessKeyId: Text
+    awsSecretAccessKey: Text
+    awsRegion: Text
+
+
+class GcpRegistry(BaseModel):
+    type: Literal["gcp"]
+    serviceAccountJson: Text
+
+
+class GeneralRegistry(BaseModel):
+    type: Literal["registry"]
+    username: Text
+    password: Text
+
+
+Registry = Annotated[AwsRegistry | GcpRegistry | GeneralRegistry, Field(discriminator="type")]
+
+
+class TemplateStep(BaseModel):
+    type: Text
+    args: list[Text] = []
+    filesHash: Text | None = None
+    force: bool = False
+
+
+class StartBuild(BaseModel):
+    """What a build is made of."""
+
+    fromImage: Text | None = None
+    fromTemplate: Text | None = None
+    fromImageRegistry: Registry | None = None
+    force: bool = False
+    steps: list[TemplateStep] = []
+    startCmd: Text | None = None
+    readyCmd: Text | None = None
+
+
+class AssignTags(BaseModel):
+    target: Annotated[Text, Field(max_length=300)]
+    tags: list[Text]
+
+
+class DeleteTags(BaseModel):
+    name: Annotated[Text, Field(max_length=300)]
+    tags: list[Text]
+
+
+# ---- answers
+
+
+class TeamUser(BaseModel):
+    id: str
+    email: str | None = None
+
+
+class TemplateLegacy(BaseModel):
+    templateID: str
+    buildID: str
+    cpuCount: int
+    memoryMB: int
+    diskSizeMB: int
+    public: bool
+    aliases: list[str]
+    createdAt: datetime
+    updatedAt: datetime
+    createdBy: TeamUser | None
+    lastSpawnedAt: datetime | None
+    spawnCount: int
+    buildCount: int
+    envdVersion: str
+
+
+class Template(TemplateLegacy):
+    names: list[str]
+    buildStatus: BuildStatus
+    isDefault: bool | None = None
+    description: str | None = None
+
+
+class RequestedBuild(BaseModel):
+    templateID: str
+    buildID: str
+    public: bool
+    names: list[str]
+    tags: list[str]
+    aliases: list[str]
+
+
+class TemplateBuild(BaseModel):
+    buildID: str
+    status: BuildStatus
+    createdAt: datetime
+    updatedAt: datetime
+    cpuCount: int
+    memoryMB: int
+    finishedAt: datetime | None = None
+    diskSizeMB: int | None = None
+    envdVersion: str | None = None
+
+
+class TemplateWithBuilds(BaseModel):
+    templateID: str
+    public: bool
+    aliases: list[str]
+    names: list[str]
+    createdAt: datetime
+    updatedAt: datetime
+    lastSpawnedAt: datetime | None
+    spawnCount: int
+    builds: list[TemplateBuild]
+
+
+class TemplateUpdated(BaseModel):
+    names: list[str]
+
+
+class AliasFound(BaseModel):
+    templateID: str
+    public: bool
+
+
+class FileUpload(BaseModel):
+    present: bool
+    url: str | None = None
+    headers: dict[str, str] | None = None
+
+
+class BuildLogEntry(BaseModel):
+    timestamp: datetime
+    message: str
+    level: LogLevel
+    step: str | None = None
+
+
+class BuildReason(BaseModel):
+    message: str
+    step: str | None = None
+    logEntries: list[BuildLogEntry] | None = None
+
+
+class BuildInfo(BaseModel):
+    templateID: str
+    buildID: str
+    status: BuildStatus
+    logs: list[str]
+    logEntries: list[BuildLogEntry]
+    reason: BuildReason | None = None
+
+
+class BuildLogs(BaseModel):
+    logs: list[BuildLogEntry]
+
+
+class TemplateTag(BaseModel):
+    tag: str
+    buildID: str
+    createdAt: datetime
+
+
+class AssignedTags(BaseModel):
+    tags: list[str]
+    buildID: str
+
+
+class TagsCount(BaseModel):
+    total: int
+
+
+class TagExists(BaseModel):
+    exists: bool
+    normalizedTag: str
+
+
+class TagAssignment(BaseModel):
+    assignmentID: str
+    buildID: str
+    assignedAt: datetime
+    buildCreatedAt: datetime
+    buildFinishedAt: datetime | None
+
+
+class TagAssignments(BaseModel):
+    data: list[TagAssignment]
+    nextCursor: str | None
+
+
+class TagGroup(BaseModel):
+    tag: str
+    assignments: list[TagAssignment]
+    hasMore: bool
+
+
+class TagGroups(BaseModel):
+    tags: list[TagGroup]
+    nextCursor: str | None
+
+
+# ---- from the store's records
+
+
+def full_names(names: list[tuple[str, str]]) -> list[str]:
+    return [f"{namespace}/{alias}" for namespace, alias in names]
+
+
+def template(view: TemplateView) -> Template:
+    record, build = view.template, view.build
+    shown: dict[str, Any] = {
+        "templateID": record.id,
+        "buildID": build.id,
+        "cpuCount": build.cpu_count,
+        "memoryMB": build.memory_mb,
+        "diskSizeMB": build.disk_size_mb,
+        "public": record.public,
+        "aliases": [alias for _, alias in view.names],
+        "names": full_names(view.names),
+        "createdAt": at(record.created_at),
+        "updatedAt": at(record.updated_at),
+        "createdBy": None,
+        # How others use a default template is theirs to know.
+        "lastSpawnedAt": at_or_none(record.last_spawned_at) if view.owned else None,
+        "spawnCount": record.spawn_count if view.owned else 0,
+        "buildCount": view.build_count if view.owned else 0,
+        "envdVersion": envd_version(build.agent_version),
+        "buildStatus": build.status,
+        "isDefault": record.is_default,
+    }
+    if record.description is not None:
+        shown["description"] = record.description
+    return Template(**shown)
+
+
+def template_with_builds(
+    record: TemplateRecord, names: list[tuple[str, str]], builds: list[BuildRecord]
+) -> TemplateWithBuilds:
+    return TemplateWithBuilds(
+        templateID=record.id,
+        public=record.public,
+        aliases=[alias for _, alias in names],
+        names=full_names(names),
+        createdAt=at(record.created_at),
+        updatedAt=at(record.updated_at),
+        lastSpawnedAt=at_or_none(record.last_spawned_at),
+        spawnCount=record.spawn_count,
+        builds=[_build(build) for build in builds],
+    )
+
+
+def build_info(build: BuildRecord, entries: list[BuildLogRecord]) -> BuildInfo:
+    shown: dict[str, Any] = {
+        "templateID": build.template_id,
+        "buildID": build.id,
+        "status": build.status,
+        "logs": [entry.message for entry in entries],
+        "logEntries": [build_log_entry(entry) for entry in entries],
+    }
+    if build.reason is not None:
+        shown["reason"] = BuildReason(**{key: build.reason[key] for key in ("message", "step") if key in build.reason})
+    return BuildInfo(**shown)
+
+
+def build_log_entry(record: BuildLogRecord) -> BuildLogEntry:
+    shown: dict[str, Any] = {
+        "timestamp": at(record.timestamp_ms),
+        "message": record.message,
+        "level": record.level if record.level in LEVELS else "info",
+    }
+    if record.step:
+        shown["step"] = record.step
+    return BuildLogEntry(**shown)
+
+
+def template_tag(record: TagRecord) -> TemplateTag:
+    return TemplateTag(tag=record.tag, buildID=record.build_id, createdAt=at(record.assigned_at))
+
+
+def tag_assignment(assignment: Assignment) -> TagAssignment:
+    return TagAssignment(
+        assignmentID=assignment.tag.id,
+        buildID=assignment.build.id,
+        assignedAt=at(assignment.tag.assigned_at),
+        buildCreatedAt=at(assignment.build.created_at),
+        buildFinishedAt=at_or_none(assignment.build.finished_at),
+    )
+
+
+def _build(build: BuildRecord) -> TemplateBuild:
+    shown: dict[str, Any] = {
+        "buildID": build.id,
+        "status": build.status,
+        "createdAt": at(build.created_at),
+        "updatedAt": at(build.updated_at),
+        "cpuCount": build.cpu_count,
+        "memoryMB": build.memory_mb,
+        "diskSizeMB": build.disk_size_mb,
+    }
+    if build.finished_at is not None:
+        shown["finishedAt"] = at(build.finished_at)
+    if build.agent_version:
+        shown["envdVersion"] = envd_version(build.agent_version)
+    return TemplateBuild(**shown)
