@@ -1,0 +1,252 @@
+"""The container runtime with its real parts: runc, overlayfs, cgroups, namespaces, the agent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+from emberbox.runtime.base import Limits
+from emberbox.runtime.container.runtime import ContainerRuntime
+from emberbox.runtime.errors import MachineGone, NotSupported, RuntimeFailure
+from tests.support.container import Guest, World, needs_root
+
+pytestmark = [needs_root, pytest.mark.asyncio(loop_scope="module")]
+
+
+async def test_a_command_runs_as_the_user_with_a_home_and_sudo(guest: Guest) -> None:
+    output = await guest.run("id -un; pwd; echo $HOME; sudo id -u; stat -c %U /code; hostname", user="user")
+
+    assert output.text.split() == ["user", "/home/user", "/home/user", "0", "user", "sandbox"]
+
+
+async def test_pip_npm_and_apt_work_inside(world: World) -> None:
+    guest = await world.machine(memory_mb=1024, disk_mb=2048)
+
+    pip = await guest.run("pip install --quiet six && python -c 'import six; print(six.__name__)'", user="user")
+    npm = await guest.run("cd /tmp && npm install --silent is-odd && node -p 'require(\"is-odd\")(3)'", user="user")
+    apt = await guest.run("sudo apt-get -qq update && sudo apt-get -qq install -y tree && tree --version", user="user")
+
+    assert pip.text.splitlines()[-1:] == ["six"], pip
+    assert npm.text.splitlines()[-1:] == ["true"], npm
+    assert apt.code == 0, apt
+
+
+async def test_what_one_machine_writes_another_does_not_see(world: World, guest: Guest) -> None:
+    other = await world.machine()
+
+    await other.run("echo mine > /etc/mine; rm /etc/debian_version")
+    output = await guest.run("ls /etc/mine; cat /etc/debian_version")
+
+    assert "No such file" in output.text
+    assert output.text.splitlines()[-1].startswith("12.")
+
+
+async def test_a_full_disk_is_an_error_inside_and_nowhere_else(world: World) -> None:
+    guest = await world.machine(disk_mb=512)
+
+    output = await guest.run("dd if=/dev/zero of=/big bs=1M count=600; echo code $?; rm /big; echo fine")
+
+    assert "No space left on device" in output.text
+    assert output.text.endswith("fine")
+    stats = await guest.machine.stats()
+    assert 400 << 20 < stats.disk_total <= 512 << 20
+
+
+async def test_too_much_memory_kills_inside_and_is_counted(world: World) -> None:
+    guest = await world.machine(memory_mb=128)
+
+    output = await guest.run("python3 -c 'x = bytearray(300 << 20)'; echo code $?")
+
+    assert output.text.endswith("code 137")
+    assert (await guest.machine.stats()).oom_kills >= 1
+    assert await guest.machine.alive()
+
+
+async def test_a_fork_bomb_meets_the_pids_limit(world: World) -> None:
+    guest = await world.machine()
+
+    output = await guest.run("for i in $(seq 300); do sleep 30 & done 2>&1 | tail -1; pkill sleep; true")
+
+    assert "Resource temporarily unavailable" in output.text or "Cannot fork" in output.text, output
+    assert (await guest.run("echo alive")).text == "alive"
+
+
+async def test_limits_change_while_it_runs(world: World) -> None:
+    guest = await world.machine(memory_mb=256)
+
+    await guest.machine.set_limits(Limits(cpu_count=2, memory_mb=512, disk_size_mb=1024, pids=300))
+    bigger = await guest.run("python3 -c 'x = bytearray(300 << 20)'; echo code $?")
+    await guest.machine.set_limits(Limits(cpu_count=1, memory_mb=128, disk_size_mb=1024, pids=300))
+
+    assert bigger.text == "code 0"
+    assert (await guest.machine.stats()).memory_total == 128 << 20
+
+
+async def test_a_paused_machine_stands_still_and_goes_on(world: World) -> None:
+    guest = await world.machine()
+    await guest.run("(while :; do date +%s%N > /tmp/tick; sleep 0.01; done) > /dev/null 2>&1 &")
+
+    await guest.machine.pause()
+    tick = guest.machine._root.upper / "u/tmp/tick"
+    before = tick.read_text()
+    await asyncio.sleep(0.2)
+    during = tick.read_text()
+    await guest.machine.resume()
+    await asyncio.sleep(0.3)
+
+    assert before == during
+    assert tick.read_text() != before
+
+
+async def test_a_paused_machine_can_be_ended(world: World) -> None:
+    guest = await world.machine()
+
+    await guest.machine.pause()
+    await world.end(guest)
+
+    assert not await guest.machine.alive()
+
+
+async def test_saved_files_start_in_another_machine_with_their_owners(world: World, tmp_path) -> None:
+    guest = await world.machine()
+    await guest.run("echo kept > note && sudo sh -c 'echo root > /srv/r; rm /etc/issue; mv /opt /opt2'", user="user")
+
+    saved = await guest.machine.save(tmp_path, memory=False)
+    await guest.run("echo later > /home/user/note")
+    other = await world.machine(upper=saved.upper)
+    output = await other.run("cat note; stat -c '%U %n' note /srv/r; ls -d /etc/issue /opt2", user="user")
+
+    assert other.pid != guest.pid
+    assert other.slot.index != guest.slot.index
+    assert output.text.splitlines()[:3] == ["kept", "user note", "root /srv/r"]
+    assert "cannot access '/etc/issue'" in output.text
+    assert output.text.splitlines()[-1] == "/opt2" or "/opt2" in output.text
+    assert (await guest.run("cat /home/user/note")).text == "later"
+
+
+async def test_a_save_in_a_paused_machine_leaves_it_paused(world: World, tmp_path) -> None:
+    guest = await world.machine()
+    await guest.machine.pause()
+
+    await guest.machine.save(tmp_path, memory=False)
+
+    assert guest.machine._cgroup.is_frozen()
+    await guest.machine.resume()
+    assert (await guest.run("echo on")).text == "on"
+
+
+async def test_memory_cannot_be_saved_and_says_so(guest: Guest, tmp_path) -> None:
+    with pytest.raises(NotSupported, match="save the files only"):
+        await guest.machine.save(tmp_path, memory=True)
+
+
+async def test_wait_returns_when_the_first_process_is_killed(world: World) -> None:
+    guest = await world.machine()
+    waiting = asyncio.create_task(guest.machine.wait())
+    await asyncio.sleep(0)
+
+    import os
+    import signal
+
+    os.kill(guest.pid, signal.SIGKILL)
+
+    assert "first process ended" in await asyncio.wait_for(waiting, 10)
+    with pytest.raises((MachineGone, RuntimeFailure)):
+        await guest.machine.pause()
+        await guest.machine.save(guest.directory, memory=False)
+
+
+async def test_an_open_stream_ends_when_the_machine_does(world: World) -> None:
+    guest = await world.machine()
+    await guest.run("nohup python3 -m http.server 8000 > /dev/null 2>&1 & sleep 1")
+    reader, writer = await asyncio.open_connection(str(guest.slot.address), 8000)
+
+    await world.end(guest)
+
+    with contextlib.suppress(ConnectionResetError):
+        assert await asyncio.wait_for(reader.read(1), 5) == b""
+    writer.close()
+
+
+async def test_another_process_of_the_node_adopts_a_machine(world: World) -> None:
+    guest = await world.machine()
+    await guest.run("echo before > /tmp/x")
+
+    again = await ContainerRuntime(world.settings).adopt(guest.spec, guest.machine.record())
+
+    assert again is not None
+    guest.machine = again
+    assert (await guest.run("cat /tmp/x")).text == "before"
+    assert (await again.stats()).memory_used > 0
+    ended = asyncio.create_task(again.wait())
+    await world.end(guest)
+    await asyncio.wait_for(ended, 10)
+
+
+async def test_a_machine_that_is_gone_is_not_adopted_and_its_traces_go(world: World) -> None:
+    import os
+    import signal
+
+    guest = await world.machine()
+    record = guest.machine.record()
+    os.kill(guest.pid, signal.SIGKILL)
+    await guest.machine.wait()
+
+    assert await world.runtime.adopt(guest.spec, record) is None
+    assert not [trace for trace in world.traces() if guest.spec.machine_id in trace]
+
+
+async def test_a_sweep_ends_what_no_one_keeps(world: World) -> None:
+    lost, kept = await world.machine(), await world.machine()
+    others = {guest.spec.machine_id for guest in world.guests if guest is not lost}
+
+    removed = await ContainerRuntime(world.settings).sweep(frozenset(others))
+
+    assert removed == [f"container {lost.spec.machine_id}"]
+    assert not await lost.machine.alive()
+    assert (await kept.run("echo here")).text == "here"
+
+
+async def test_a_layer_that_is_no_image_is_refused_and_leaves_nothing(world: World, tmp_path) -> None:
+    broken = tmp_path / ("0" * 64 + ".erofs")
+    broken.write_bytes(b"not an image" * 1000)
+    slot = await world.slots.take()
+    before = world.traces()
+    directory = tmp_path / "machine"
+    directory.mkdir()
+    upper = directory / "upper.ext4"
+    await world.disks.new_upper(upper, 512)
+    good = await world.machine()
+    spec = good.spec
+    await world.end(good)
+
+    from dataclasses import replace
+
+    with pytest.raises(RuntimeFailure, match="could not be prepared"):
+        await world.runtime.start(
+            replace(spec, machine_id="broken", directory=directory, layers=(broken,), upper=upper, slot=slot)
+        )
+    await world.slots.give_back(slot)
+
+    assert not [trace for trace in world.traces() if "broken" in trace]
+    assert before
+
+
+async def test_destroy_twice_is_the_same_as_once(world: World) -> None:
+    guest = await world.machine()
+
+    await guest.machine.destroy()
+    await guest.machine.destroy()
+
+    assert not [trace for trace in world.traces() if guest.spec.machine_id in trace]
+
+
+async def test_nothing_is_left_after_the_last_machine() -> None:
+    world = World()
+    async with world:
+        guest = await world.machine()
+        await guest.run("echo x > /tmp/x")
+        assert world.traces()
+
+    assert world.traces() == []
