@@ -207,7 +207,7 @@ def _disk_stage(cache: Path, base: Path, *, install: bool) -> Path:
 def _install_tree(files: list[Path], root: Path, log: Path) -> None:
     """Put the tree into the image, without what an earlier one left, and run `make install` in it."""
     place = root / "opt" / "emberbox"
-    for old in place.glob("*"):  # hidden folders hold what was installed, and stay
+    for old in place.glob("[!.]*"):  # .venv and .tools hold what was installed, and stay
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     for path in files:
         target = place / path

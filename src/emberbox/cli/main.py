@@ -174,6 +174,20 @@ def doctor(
 
 
 @app.command()
+def setup(
+    data: Data = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="Folder with the pinned firecracker and jailer; they are downloaded without it."),
+    ] = None,
+) -> None:
+    """Install what microVMs need: Firecracker, its jailer, the guest's kernel. Containers need none of it."""
+    from emberbox.cli import setup as command
+
+    command.setup(settings_from(data_dir=data), source=source)
+
+
+@app.command()
 def api(data: Data = None) -> None:
     """Run the api role alone. Settings come from EMBERBOX_* variables."""
     from emberbox.cli import alone

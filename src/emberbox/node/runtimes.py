@@ -39,12 +39,20 @@ async def _container(settings: Settings) -> Runtime:
 
 
 async def _firecracker(settings: Settings) -> Runtime:
+    from emberbox.runtime.firecracker import setup
+    from emberbox.runtime.firecracker.errors import FirecrackerError
+
     if not _kvm_usable():
         raise Unsupported(
             "the firecracker runtime needs /dev/kvm and this host has none that works; "
             "enable virtualization, or use the container runtime"
         )
-    raise Unsupported("the firecracker runtime is not wired into the node yet; use the container runtime")
+    if settings.runtime == "auto" and not setup.present(settings):
+        raise Unsupported("Firecracker is not installed here; `emberbox setup` installs it")
+    try:
+        return await setup.open_runtime(settings)
+    except FirecrackerError as error:
+        raise Unsupported(f"the firecracker runtime does not work here: {error}") from error
 
 
 def _kvm_usable() -> bool:

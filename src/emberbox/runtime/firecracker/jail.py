@@ -111,7 +111,7 @@ class Jail:
         ]
         for setting in cgroup_settings(hierarchy, limits):
             command += ["--cgroup", setting]
-        command += ["--", "--api-sock", f"/{SOCKET}"]
+        command += ["--", "--api-sock", f"/{SOCKET}", "--level", "Warn"]
         try:
             # Appending: the console file can be cut while Firecracker writes to it.
             console = os.open(self.console, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
