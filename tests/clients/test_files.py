@@ -59,7 +59,7 @@ def test_a_compressed_upload_is_stored_uncompressed(sandbox, folder):
 
 
 def test_several_files_in_one_request_keep_their_directories(sandbox, folder):
-    names = ["one.txt", "deep/er/two.txt", 'with space and "quotes".txt', "ünï/cödé.txt"]
+    names = ["one.txt", "deep/er/two.txt", "with space and 'quotes'.txt", "ünï/cödé.txt"]
 
     infos = sandbox.files.write_files([{"path": f"{folder}/{name}", "data": name} for name in names])
 

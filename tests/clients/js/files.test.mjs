@@ -56,7 +56,7 @@ test('an empty file is empty in every format', async () => {
 })
 
 test('several files go up in one call', async () => {
-  const names = ['many/one.txt', 'many/deep/er/two.txt', 'many/with space "q".txt', 'many/ünï.txt']
+  const names = ['many/one.txt', 'many/deep/er/two.txt', "many/with space 'q'.txt", 'many/ünï.txt']
 
   const infos = await sandbox.files.write(names.map((path) => ({ path, data: path })))
 
