@@ -41,7 +41,7 @@ async def serve(settings: Settings) -> None:
     """
     if os.geteuid() != 0:
         raise BadValue("the node needs root: it makes namespaces, mounts and cgroups")
-    os.umask(0o077)
+    os.umask(0o022)  # the api passes through `data_dir` to the socket; what is private has its own mode
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -54,6 +54,8 @@ async def serve(settings: Settings) -> None:
             ("grpc.max_send_message_length", _MESSAGE_BYTES),
             ("grpc.max_receive_message_length", _MESSAGE_BYTES),
             ("grpc.so_reuseport", 0),
+            # The control plane pings every 20 s; gRPC's default hangs up on pings more often than every 5 minutes.
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
         ]
     )
     node_pb2_grpc.add_NodeServicer_to_server(NodeService(node), server)
