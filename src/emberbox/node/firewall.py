@@ -43,6 +43,7 @@ NEVER_ALLOWED = tuple(
         "240.0.0.0/4",
     )
 )
+_CONNECTIONS_PER_SLOT = 8192
 _NAMES_PER_SLOT = 4096
 """Addresses that allowed domains may resolve to at one time."""
 
@@ -270,6 +271,8 @@ class Firewall:
         new_set = f"add set {table} {names} {{ type ipv4_addr; flags timeout; size {_NAMES_PER_SLOT}; }}"
         lines += [new_set, f"delete set {table} {names}"]
         rule = f"add rule {table} {chain}"
+        # The host's connection table is shared: one slot must not fill it.
+        lines.append(f"{rule} ct state new ct count over {_CONNECTIONS_PER_SLOT} jump refuse")
         if rules.allow:
             lines.append(f"{rule} ip daddr {{ {_list(rules.allow)} }} accept")
         if rules.domains:

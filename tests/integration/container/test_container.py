@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+
 from emberbox.runtime.base import Limits
 from emberbox.runtime.container.runtime import ContainerRuntime
 from emberbox.runtime.errors import MachineGone, NotSupported, RuntimeFailure
@@ -108,7 +113,7 @@ async def test_a_paused_machine_can_be_ended(world: World) -> None:
     assert not await guest.machine.alive()
 
 
-async def test_saved_files_start_in_another_machine_with_their_owners(world: World, tmp_path) -> None:
+async def test_saved_files_start_in_another_machine_with_their_owners(world: World, tmp_path: Path) -> None:
     guest = await world.machine()
     await guest.run("echo kept > note && sudo sh -c 'echo root > /srv/r; rm /etc/issue; mv /opt /opt2'", user="user")
 
@@ -121,11 +126,11 @@ async def test_saved_files_start_in_another_machine_with_their_owners(world: Wor
     assert other.slot.index != guest.slot.index
     assert output.text.splitlines()[:3] == ["kept", "user note", "root /srv/r"]
     assert "cannot access '/etc/issue'" in output.text
-    assert output.text.splitlines()[-1] == "/opt2" or "/opt2" in output.text
+    assert "/opt2" in output.text.splitlines()
     assert (await guest.run("cat /home/user/note")).text == "later"
 
 
-async def test_a_save_in_a_paused_machine_leaves_it_paused(world: World, tmp_path) -> None:
+async def test_a_save_in_a_paused_machine_leaves_it_paused(world: World, tmp_path: Path) -> None:
     guest = await world.machine()
     await guest.machine.pause()
 
@@ -136,7 +141,7 @@ async def test_a_save_in_a_paused_machine_leaves_it_paused(world: World, tmp_pat
     assert (await guest.run("echo on")).text == "on"
 
 
-async def test_memory_cannot_be_saved_and_says_so(guest: Guest, tmp_path) -> None:
+async def test_memory_cannot_be_saved_and_says_so(guest: Guest, tmp_path: Path) -> None:
     with pytest.raises(NotSupported, match="save the files only"):
         await guest.machine.save(tmp_path, memory=True)
 
@@ -146,14 +151,10 @@ async def test_wait_returns_when_the_first_process_is_killed(world: World) -> No
     waiting = asyncio.create_task(guest.machine.wait())
     await asyncio.sleep(0)
 
-    import os
-    import signal
-
     os.kill(guest.pid, signal.SIGKILL)
 
     assert "first process ended" in await asyncio.wait_for(waiting, 10)
-    with pytest.raises((MachineGone, RuntimeFailure)):
-        await guest.machine.pause()
+    with pytest.raises(MachineGone):
         await guest.machine.save(guest.directory, memory=False)
 
 
@@ -185,9 +186,6 @@ async def test_another_process_of_the_node_adopts_a_machine(world: World) -> Non
 
 
 async def test_a_machine_that_is_gone_is_not_adopted_and_its_traces_go(world: World) -> None:
-    import os
-    import signal
-
     guest = await world.machine()
     record = guest.machine.record()
     os.kill(guest.pid, signal.SIGKILL)
@@ -208,7 +206,7 @@ async def test_a_sweep_ends_what_no_one_keeps(world: World) -> None:
     assert (await kept.run("echo here")).text == "here"
 
 
-async def test_a_layer_that_is_no_image_is_refused_and_leaves_nothing(world: World, tmp_path) -> None:
+async def test_a_layer_that_is_no_image_is_refused_and_leaves_nothing(world: World, tmp_path: Path) -> None:
     broken = tmp_path / ("0" * 64 + ".erofs")
     broken.write_bytes(b"not an image" * 1000)
     slot = await world.slots.take()
@@ -220,8 +218,6 @@ async def test_a_layer_that_is_no_image_is_refused_and_leaves_nothing(world: Wor
     good = await world.machine()
     spec = good.spec
     await world.end(good)
-
-    from dataclasses import replace
 
     with pytest.raises(RuntimeFailure, match="could not be prepared"):
         await world.runtime.start(

@@ -149,7 +149,8 @@ class Root:
     def _mount_upper(self, image: Path) -> None:
         self._folder("upper")
         with loops.attach(image) as device:
-            mounts.mount(device.path, self.upper, "ext4", mounts.MS_NOATIME | mounts.MS_NODEV, _UPPER_OPTIONS)
+            flags = mounts.MS_NOATIME | mounts.MS_NODEV | mounts.MS_NOSUID
+            mounts.mount(device.path, self.upper, "ext4", flags, _UPPER_OPTIONS)
         for name in ("u", "w", "etc"):
             if not (self.upper / name).is_dir():
                 (self.upper / name).mkdir(mode=0o755)
