@@ -276,18 +276,21 @@ class Slots:
                     await asyncio.sleep(_RETRY_SECONDS)
 
     async def _watch_firewall(self) -> None:
-        """Put the rules back when somebody flushed the host's: without them slots reach private networks."""
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
             if await self._firewall.is_there():
                 continue
-            log.error("firewall.flushed", table=self._settings.instance)
             try:
-                await self._firewall.start(self._forwarder.port)
-                for slot in (*self._ready, *self._in_use.values()):
-                    await self._firewall.apply(slot, self._policies.get(slot.index, parse_policy(OPEN_NETWORK)))
+                await self._restore_firewall()
             except NetworkFailure as error:
                 log.error("firewall.not_restored", error=str(error))
+
+    async def _restore_firewall(self) -> None:
+        """Put the rules back when somebody flushed the host's: without them slots reach private networks."""
+        log.error("firewall.flushed", table=self._settings.instance)
+        await self._firewall.start(self._forwarder.port)
+        for slot in (*self._ready, *self._in_use.values()):
+            await self._firewall.apply(slot, self._policies.get(slot.index, parse_policy(OPEN_NETWORK)))
 
 
 def _enable_forwarding() -> None:
