@@ -93,9 +93,10 @@ async def ensure_base(settings: Settings, reporter: Reporter) -> None:
 async def _startup(api: httpx.AsyncClient) -> dict[str, Any]:
     try:
         response = await api.get("/startup")
-        response.raise_for_status()
-    except httpx.HTTPError as error:
+    except httpx.TransportError:
         # The supervisor brings a crashed api back; the build goes on or starts again with it.
-        return {"status": "waiting", "stage": f"waiting for the api ({error})", "fraction": 0.0, "message": ""}
+        return {"status": "waiting", "stage": "waiting for the api", "fraction": 0.0, "message": ""}
+    if response.status_code != 200:
+        raise CliError(f"asked for the base template, the api answers {response.status_code}: {response.text[:200]}")
     base: dict[str, Any] = response.json()["base"]
     return base
