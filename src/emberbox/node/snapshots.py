@@ -7,6 +7,7 @@ without it is half-made, never used, and swept at the next start.
 from __future__ import annotations
 
 import asyncio
+import errno
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from emberbox.runtime.errors import RuntimeFailure
 log = structlog.get_logger("emberbox.node")
 
 _META = "meta.json"
+_LINK_TRIES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +102,17 @@ class Snapshots:
     async def _save_machine(
         self, hosted: Hosted, record: SandboxRecord, directory: Path, *, memory: bool
     ) -> SavedFacts:
-        """Save a machine that is there, with its clock stopped for as short as the runtime can."""
-        runtime = self._machines.hosting.runtime
-        memory = memory and runtime.capabilities.memory_snapshots
-        running = record.state is State.RUNNING
-        frozen_files = False
+        """Save a machine that is there. The runtime stops its clock for as short as it can."""
+        remembers = self._machines.hosting.runtime.capabilities.memory_snapshots
+        memory = memory and remembers
+        # A guest kernel holds what was written until it is told to let go; a container's is the host's own.
+        flush = remembers and not memory and record.state is State.RUNNING
+        frozen = flush and await _freeze_files(hosted)
         try:
-            if running and not memory and runtime.capabilities.memory_snapshots:
-                frozen_files = await _freeze_files(hosted)
-            if running:
-                await hosted.machine.pause()
             saved = await hosted.machine.save(directory, memory=memory)
         finally:
-            if running:
-                await finish(_go_on(hosted, thaw_files=frozen_files))
+            if frozen:
+                await finish(_thaw_files(hosted))
         return SavedFacts.of(saved, hosted.secret)
 
     async def _copy_saved(self, record: SandboxRecord, directory: Path, *, memory: bool) -> SavedFacts:
@@ -221,13 +220,11 @@ async def _freeze_files(hosted: Hosted) -> bool:
     return True
 
 
-async def _go_on(hosted: Hosted, *, thaw_files: bool) -> None:
+async def _thaw_files(hosted: Hosted) -> None:
     try:
-        await hosted.machine.resume()
-        if thaw_files:
-            await hosted.agent.thaw_files()
-    except (RuntimeFailure, AgentFailure) as error:
-        log.error("machine.thaw_failed", machine_id=hosted.spec.machine_id, error=str(error))
+        await hosted.agent.thaw_files()
+    except AgentFailure as error:
+        log.error("snapshot.not_thawed", machine_id=hosted.spec.machine_id, error=str(error))
 
 
 def check_snapshot_id(snapshot_id: str) -> None:
@@ -237,13 +234,30 @@ def check_snapshot_id(snapshot_id: str) -> None:
 
 
 def _link_tree(source: Path, target: Path, skip: str) -> None:
-    """Hard-link every file but `skip`: pieces of saved memory never change once written."""
-    for path in source.rglob("*"):
-        name = path.relative_to(source)
-        if path.is_dir():
-            (target / name).mkdir(exist_ok=True)
-        elif str(name) != skip:
-            (target / name).hardlink_to(path)
+    """Hard-link every file but `skip`: pieces of saved memory never change once written.
+
+    A runtime may merge the pieces at the same time. Then the list of names changes, and linking begins again.
+    """
+    for _ in range(_LINK_TRIES):
+        names = _tree(source)
+        try:
+            for name in names:
+                if (source / name).is_dir():
+                    (target / name).mkdir(exist_ok=True)
+                elif str(name) != skip:
+                    (target / name).hardlink_to(source / name)
+        except FileNotFoundError:
+            pass
+        else:
+            if _tree(source) == names:
+                return
+        for name in reversed(_tree(target)):
+            (target / name).rmdir() if (target / name).is_dir() else (target / name).unlink()
+    raise OSError(errno.EBUSY, f"the files in {source} kept changing")
+
+
+def _tree(folder: Path) -> list[Path]:
+    return sorted(path.relative_to(folder) for path in folder.rglob("*"))
 
 
 def _allocated(directory: Path) -> int:
