@@ -4,3 +4,4 @@ set -eu
 cd /opt/emberbox
 make install
 tools/install.sh venv dev
+.venv/bin/python tests/lab/prepare.py

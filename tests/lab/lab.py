@@ -1,4 +1,4 @@
-"""The lab's command line: `python tests/lab/lab.py up | down | shell COMMAND | status | image`.
+"""The lab's command line: `python tests/lab/lab.py up | env | shell COMMAND | status | down | image`.
 
 A KVM host under QEMU's TCG, so that real Firecracker guests run on a machine without hardware virtualization.
 """
@@ -6,20 +6,26 @@ A KVM host under QEMU's TCG, so that real Firecracker guests run on a machine wi
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent.parent / "src")]
+sys.path[:0] = [str(HERE), str(HERE.parent.parent / "src"), str(HERE.parent.parent)]
 
 from host import Lab, LabError  # noqa: E402
-from recipe import RecipeError, build  # noqa: E402
+from recipe import RecipeError, build, say  # noqa: E402
 
 from emberbox.runtime.firecracker.errors import GuestFilesError  # noqa: E402
 
 API_PORT = 3000
 EDGE_PORT = 3002
+IN_EMBERBOX = ". /usr/lib/emberbox-lab/environment && .venv/bin/python -m"
+START_SECONDS = 600
+TEST_SCALE = "15"
 
 
 def main() -> int:
@@ -46,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--deadline", type=float, default=180, metavar="SECONDS")
     up.set_defaults(run=_up)
 
+    env = commands.add_parser("env", help="print the variables for clients on this machine")
+    env.set_defaults(run=_env)
+
     image = commands.add_parser("image", help="only make the image")
     image.add_argument("--suite", default="bookworm")
     image.add_argument("--bare", action="store_true")
@@ -65,7 +74,30 @@ def _parser() -> argparse.ArgumentParser:
 
 def _up(args: argparse.Namespace) -> int:
     image = build(args.suite, install=not args.bare)
-    Lab().up(image, memory_mb=args.memory, cpus=args.cpus, forward=[API_PORT, EDGE_PORT], deadline=args.deadline)
+    lab = Lab()
+    lab.up(image, memory_mb=args.memory, cpus=args.cpus, forward=[API_PORT, EDGE_PORT], deadline=args.deadline)
+    if args.bare:
+        return 0
+    say("starting Emberbox")
+    started = time.monotonic()
+    done = lab.shell(f"{IN_EMBERBOX} emberbox up --detach >&2", timeout=START_SECONDS)
+    if done.returncode != 0:
+        raise LabError("Emberbox did not start in the lab, which is left running: see 'lab.py shell', 'lab.py down'")
+    say(f"Emberbox is ready after {time.monotonic() - started:.0f} s")
+    return _env(args)
+
+
+def _env(_: argparse.Namespace) -> int:
+    lab = Lab()
+    done = lab.shell(f"{IN_EMBERBOX} emberbox env --json", capture=True, timeout=120)
+    boot = lab.running()
+    if done.returncode != 0 or boot is None:
+        raise LabError(f"Emberbox does not run in the lab: {done.stderr.decode('utf-8', 'replace').strip()}")
+    variables = json.loads(done.stdout)
+    variables["E2B_API_URL"] = f"http://127.0.0.1:{boot.ports[str(API_PORT)]}"
+    variables["E2B_SANDBOX_URL"] = f"http://127.0.0.1:{boot.ports[str(EDGE_PORT)]}"
+    for name, value in {**variables, "EMBERBOX_TEST_SCALE": TEST_SCALE}.items():
+        print(f"export {name}={shlex.quote(value)}")
     return 0
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emberbox.runtime.firecracker import initramfs, kernel
+from tests.support import firecracker as parts
 
 HERE = Path(__file__).resolve().parent
 TREE = HERE.parent.parent
@@ -177,7 +178,7 @@ def _tools_stage(cache: Path, base: Path, files: list[Path]) -> Path:
     say("installing Emberbox's tools and packages (make install)")
     with _unfinished(stage) as work:
         with _overlay([base / "root"], work) as root:
-            _install_tree(files, root, cache / "install.log")
+            _install_tree(files, root, cache)
         for name in ("scratch", "merged"):
             shutil.rmtree(work / name)
     return stage
@@ -196,7 +197,7 @@ def _disk_stage(cache: Path, base: Path, *, install: bool) -> Path:
         with _overlay(lowers, work) as root:
             if install:
                 say(f"installing the working tree ({len(files)} files)")
-                _install_tree(files, root, cache / "install.log")
+                _install_tree(files, root, cache)
             say("writing the disk image")
             unfinished = work / "disk.img"
             _run("mke2fs", "-q", "-t", "ext4", "-d", str(root), str(unfinished), f"{DISK_GIB}G")
@@ -204,7 +205,7 @@ def _disk_stage(cache: Path, base: Path, *, install: bool) -> Path:
     return disk
 
 
-def _install_tree(files: list[Path], root: Path, log: Path) -> None:
+def _install_tree(files: list[Path], root: Path, cache: Path) -> None:
     """Put the tree into the image, without what an earlier one left, and run `make install` in it."""
     place = root / "opt" / "emberbox"
     for old in place.glob("[!.]*"):  # .venv and .tools hold what was installed, and stay
@@ -214,8 +215,14 @@ def _install_tree(files: list[Path], root: Path, log: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(TREE / path, target, follow_symlinks=False)
     _install_file(root, "usr/lib/emberbox-lab/install", _read("install.sh"), 0o755)
-    with _chroot_mounts(root):
-        _run("chroot", str(root), "/usr/lib/emberbox-lab/install", log=log, env=_registry_environment())
+    _install_file(root, "usr/lib/emberbox-lab/environment", _read("environment.sh"), 0o644)
+    images = cache / "images"
+    images.mkdir(exist_ok=True)
+    given = {"images": images, "firecracker": parts.pair().firecracker.parent}
+    with _chroot_mounts(root, given):
+        _run(
+            "chroot", str(root), "/usr/lib/emberbox-lab/install", log=cache / "install.log", env=_registry_environment()
+        )
 
 
 # ---- the working tree ----
@@ -230,7 +237,7 @@ def working_tree_files() -> list[Path]:
         timeout=60,
     ).stdout.decode()
     paths = sorted({Path(name) for name in listed.split("\0") if name})
-    return [path for path in paths if (TREE / path).is_file() and path.parts[:2] != ("tests", "lab")]
+    return [path for path in paths if (TREE / path).is_file()]
 
 
 def _files_digest(files: list[Path]) -> str:
@@ -336,8 +343,8 @@ def _overlay(lowers: list[Path], work: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _chroot_mounts(root: Path) -> Iterator[None]:
-    """Give the chroot /proc, a few device nodes and the machine's resolver while something runs in it."""
+def _chroot_mounts(root: Path, given: dict[str, Path]) -> Iterator[None]:
+    """Give the chroot /proc, a few device nodes, the machine's resolver and, below /mnt, the folders `given`."""
     resolver = root / "etc" / "resolv.conf"
     with contextlib.ExitStack() as undo:
         resolver.unlink(missing_ok=True)
@@ -346,6 +353,10 @@ def _chroot_mounts(root: Path) -> Iterator[None]:
         for kind, name in (("proc", "proc"), ("tmpfs", "dev"), ("tmpfs", "tmp")):
             _run("mount", "-t", kind, kind, str(root / name))
             undo.callback(_run, "umount", "-l", str(root / name))
+        for name, source in given.items():
+            (root / "mnt" / name).mkdir(exist_ok=True)
+            _run("mount", "--bind", str(source), str(root / "mnt" / name))
+            undo.callback(_run, "umount", "-l", str(root / "mnt" / name))
         for name, minor in (("null", 3), ("zero", 5), ("full", 7), ("random", 8), ("urandom", 9)):
             os.mknod(root / "dev" / name, stat.S_IFCHR | 0o666, os.makedev(1, minor))
             os.chmod(root / "dev" / name, 0o666)

@@ -1,0 +1,10 @@
+# Sourced in the lab before Emberbox is started: where it answers, and that its processor is slow.
+export EMBERBOX_RUNTIME=firecracker
+export EMBERBOX_API_HOST=0.0.0.0
+export EMBERBOX_EDGE_HOST=0.0.0.0
+export EMBERBOX_TIME_SCALE=15
+export EMBERBOX_DEFAULT_MEMORY_MB=256
+export EMBERBOX_DEFAULT_CPU_COUNT=1
+export EMBERBOX_DEFAULT_DISK_SIZE_MB=1024
+export EMBERBOX_WARM_MAX=2
+cd /opt/emberbox
