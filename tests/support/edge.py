@@ -202,12 +202,8 @@ class EdgeProcess:
 
     def start(self) -> None:
         """Start the role and wait until its door and its gRPC service answer."""
-        code = "import sys; from emberbox.settings import Settings; from emberbox.edge.main import serve; "
-        code += "serve(Settings.model_validate_json(sys.argv[1]))"
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code, self.settings.model_dump_json()], stdout=log, stderr=log
-            )
+        self.launch()
+        assert self.process is not None
         with grpc.insecure_channel(self.settings.edge_target) as channel:
             ready = grpc.channel_ready_future(channel)
             for _ in range(int(START_SECONDS / 0.05)):
@@ -217,6 +213,14 @@ class EdgeProcess:
                     ready.result(timeout=0.05)
                     return
         raise RuntimeError(f"the edge is not ready:\n{self.log.read_text()}")
+
+    def launch(self) -> None:
+        """Start the role, and wait for nothing."""
+        code = "import sys; from emberbox.settings import Settings; from emberbox.edge.main import serve; "
+        code += "serve(Settings.model_validate_json(sys.argv[1]))"
+        command = [sys.executable, "-c", code, self.settings.model_dump_json()]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
 
     def stop(self) -> int:
         """SIGTERM, and the exit code."""
@@ -267,6 +271,9 @@ class EdgeProcess:
         for pid in self.haproxies():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        self.remove_home()
+
+    def remove_home(self) -> None:
         shutil.rmtree(self.home, ignore_errors=True)
 
 

@@ -50,7 +50,7 @@ class Admin:
             elif words[1:2] == ["worker"] and section:
                 found[section].append(int(words[0]))
         if len(found["master"]) != 1 or len(found["current"]) != 1:
-            raise AdminFailed(f"HAProxy's master answered 'show proc' with {answer!r}")
+            raise AdminFailed(f"HAProxy's master answered 'show proc' with {answer[:500]!r}")
         return Workers(found["master"][0], found["current"][0], tuple(found["old"]))
 
     async def reload(self) -> None:
@@ -78,8 +78,9 @@ class Admin:
         """Replace a whole map in one step."""
         answer = await self._ask(self._worker_socket, f"prepare map {path}")
         if (version := re.search(r"New version created: (\d+)", answer)) is None:
-            raise AdminFailed(f"HAProxy answered 'prepare map' with {answer!r}")
+            raise AdminFailed(f"HAProxy answered 'prepare map' with {answer[:200]!r}")
         for payload in _payloads(entries):
+            # The payload's last line is followed by an empty one, which ends it.
             await self._expect_nothing(f"add map @{version[1]} {path} <<\n{payload}")
         await self._expect_nothing(f"commit map @{version[1]} {path}")
 
@@ -107,11 +108,11 @@ class Admin:
             return True
         if "not found" in answer.lower():
             return False
-        raise AdminFailed(f"HAProxy answered '{verb} map' with {answer.strip()!r}")
+        raise AdminFailed(f"HAProxy answered '{verb} map' with {answer.strip()[:200]!r}")
 
     async def _expect_nothing(self, command: str) -> None:
         if answer := (await self._ask(self._worker_socket, command)).strip():
-            raise AdminFailed(f"HAProxy answered '{command.splitlines()[0]}' with {answer!r}")
+            raise AdminFailed(f"HAProxy answered '{command.splitlines()[0]}' with {answer[:200]!r}")
 
     async def _ask(self, socket: Path, command: str) -> str:
         try:
@@ -119,8 +120,6 @@ class Admin:
                 reader, writer = await asyncio.open_unix_connection(socket)
                 try:
                     writer.write(command.encode() + b"\n")
-                    if "<<" in command:
-                        writer.write(b"\n")  # an empty line ends a payload
                     writer.write_eof()
                     return (await reader.read()).decode(errors="replace")
                 finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import resource
 import socket
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ CONTROL_ROUTES = ("init", "freeze", "unfreeze", "collapse", "fsfreeze", "fsthaw"
 """What the agent answers to its node only."""
 
 _SPARE_FILES = 400
+_MOST_THREADS = 32
 _LUA = ("json", "answers", "wake")
 
 
@@ -126,6 +128,7 @@ def render(settings: Settings, paths: Paths, *, lanes: int, tls_lanes: int) -> s
         most_pipes=pipes,
         routes=paths.routes,
         secret_path=settings.edge_secret_path,
+        threads=min(len(os.sched_getaffinity(0)), _MOST_THREADS),
         tls_lanes="\n".join(f"    server t{n} 0.0.0.0:0" for n in range(tls_lanes)),
         wake_ms=math.ceil(30_000 * settings.time_scale),
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 import httpx
@@ -43,14 +44,16 @@ class World:
         return sandbox_id, machine
 
 
-async def _world(edge: EdgeProcess) -> AsyncIterator[World]:
+@contextlib.asynccontextmanager
+async def world_of(edge: EdgeProcess) -> AsyncIterator[World]:
     control = ControlPlane(edge.api_address)
     await control.start()
     routes = Routes(edge.settings.edge_target)
     async with httpx.AsyncClient(base_url=edge.url, timeout=20, trust_env=False) as client:
         world = World(edge, routes, control, client, [])
         yield world
-    await routes.replace({}) if edge.process is not None and edge.process.poll() is None else None
+    if edge.process is not None and edge.process.poll() is None:
+        await routes.replace({})
     await routes.close()
     for machine in (control, *world.machines):
         await machine.close()
@@ -68,28 +71,25 @@ def shared_edge() -> Iterator[EdgeProcess]:
 
 @pytest.fixture
 async def world(shared_edge: EdgeProcess) -> AsyncIterator[World]:
-    async for made in _world(shared_edge):
+    """On the edge that the module's tests share."""
+    async with world_of(shared_edge) as made:
         yield made
 
 
 @pytest.fixture
-def new_edge() -> Iterator[Callable[..., EdgeProcess]]:
-    """Makes edges that are not started yet."""
-    edges: list[EdgeProcess] = []
+async def new_world() -> AsyncIterator[Callable[..., Awaitable[World]]]:
+    """Makes worlds whose edge has settings of its own, or will be killed."""
+    async with contextlib.AsyncExitStack() as worlds:
 
-    def make(**settings: object) -> EdgeProcess:
-        edges.append(EdgeProcess(**settings))
-        return edges[-1]
+        async def make(**settings: object) -> World:
+            edge = EdgeProcess(**settings)
+            worlds.callback(edge.remove)
+            edge.start()
+            return await worlds.enter_async_context(world_of(edge))
 
-    yield make
-    for edge in edges:
-        edge.remove()
+        yield make
 
 
 @pytest.fixture
-async def own_world(new_edge: Callable[..., EdgeProcess]) -> AsyncIterator[World]:
-    """A world whose edge the test may kill."""
-    edge = new_edge()
-    edge.start()
-    async for made in _world(edge):
-        yield made
+async def own_world(new_world: Callable[..., Awaitable[World]]) -> World:
+    return await new_world()

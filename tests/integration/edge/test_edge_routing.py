@@ -225,7 +225,9 @@ async def test_the_agents_control_routes_are_refused_however_they_are_spelled(wo
     assert machine.seen == []
 
 
-@pytest.mark.parametrize("path", ["/files?path=/init", "/files?path=%2Flogs", "/process.Process/Start", "/health", "/initial"])
+@pytest.mark.parametrize(
+    "path", ["/files?path=/init", "/files?path=%2Flogs", "/process.Process/Start", "/health", "/initial"]
+)
 async def test_the_agents_other_routes_are_open(world: Any, path: str) -> None:
     sandbox_id, machine = await world.sandbox(49983)
 
@@ -244,7 +246,9 @@ async def test_a_users_port_may_have_any_route(world: Any) -> None:
     assert machine.seen == ["GET /init"]
 
 
-@pytest.mark.parametrize("given", [{}, {"e2b-traffic-access-token": "wrong"}, {"e2b-traffic-access-token": TOKEN_SHA256}])
+@pytest.mark.parametrize(
+    "given", [{}, {"e2b-traffic-access-token": "wrong"}, {"e2b-traffic-access-token": TOKEN_SHA256}]
+)
 async def test_without_the_traffic_token_a_private_sandbox_is_closed(world: Any, given: dict[str, str]) -> None:
     sandbox_id, machine = await world.sandbox(8080, traffic_token_sha256=TOKEN_SHA256)
 
@@ -304,7 +308,8 @@ async def test_a_running_programs_preflight_is_its_own(world: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mask", "host"), [("app.local", "app.local"), ("app.local:${PORT}", "app.local:8080"), ("${PORT}.${PORT}", "8080.8080")]
+    ("mask", "host"),
+    [("app.local", "app.local"), ("app.local:${PORT}", "app.local:8080"), ("${PORT}.${PORT}", "8080.8080")],
 )
 async def test_the_host_is_masked_where_the_route_says_so(world: Any, mask: str, host: str) -> None:
     sandbox_id, _ = await world.sandbox(8080, mask_request_host=mask)

@@ -20,7 +20,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as serve_websockets
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from tests.support.edge import DOMAIN, EDGE_PORT, Exchange, Routes, headers_for, make_certificate
+from tests.support.edge import DOMAIN, EDGE_PORT, Exchange, headers_for, make_certificate
 
 
 async def _tell_then_wait(exchange: Exchange) -> None:
@@ -239,8 +239,10 @@ async def test_a_client_that_goes_away_is_noticed_by_the_program(world: Any) -> 
     gone = asyncio.Event()
 
     async def wait_for_the_end(exchange: Exchange) -> None:
-        await _tell_then_wait(exchange)
-        gone.set()
+        try:
+            await _tell_then_wait(exchange)
+        finally:
+            gone.set()
 
     sandbox_id, machine = world.new_id(), await world.machine(9)
     await machine.listen(8080, wait_for_the_end)
@@ -252,64 +254,55 @@ async def test_a_client_that_goes_away_is_noticed_by_the_program(world: Any) -> 
     await asyncio.wait_for(gone.wait(), 5)
 
 
-async def test_too_many_connections_to_one_sandbox_are_refused(new_edge: Callable[..., Any]) -> None:
-    edge = new_edge(connections_per_sandbox=3)
-    edge.start()
-    routes = Routes(edge.settings.edge_target)
-    from tests.support.edge import Machine
-
-    machine = Machine(edge.new_address())
+async def test_too_many_connections_to_one_sandbox_are_refused(new_world: Any) -> None:
+    world = await new_world(connections_per_sandbox=3)
+    full_id, machine = world.new_id(), await world.machine(9)
     await machine.listen(8080, _tell_then_wait)
-    await routes.set("ifull", machine.address)
-    await routes.set("iother", machine.address)
+    await world.routes.set(full_id, machine.address)
+    other_id, _ = await world.sandbox(8080)
 
-    async with httpx.AsyncClient(base_url=edge.url, timeout=10, trust_env=False) as client, contextlib.AsyncExitStack() as open_streams:
+    async with contextlib.AsyncExitStack() as open_streams:
         for _ in range(3):
-            stream = client.stream("GET", "/", headers=headers_for("ifull"))
-            await anext((await open_streams.enter_async_context(stream)).aiter_raw())
-        refused = await client.get("/", headers=headers_for("ifull"))
-        async with client.stream("GET", "/", headers=headers_for("iother")) as other:
-            other_status = other.status_code
-        await open_streams.aclose()
-        await asyncio.sleep(0.5)
-        async with client.stream("GET", "/", headers=headers_for("ifull")) as later:
-            later_status = later.status_code
-    await routes.close()
-    await machine.close()
+            await open_streams.enter_async_context(world.client.stream("GET", "/", headers=headers_for(full_id)))
+        refused = await world.client.get("/", headers=headers_for(full_id))
+        other = await world.client.get("/", headers=headers_for(other_id))
+    async with contextlib.AsyncExitStack() as later_streams:
+        later = await later_streams.enter_async_context(world.client.stream("GET", "/", headers=headers_for(full_id)))
 
     assert refused.status_code == 429
     assert "too many connections" in refused.json()["message"]
     assert refused.headers["retry-after"] == "1"
-    assert (other_status, later_status) == (200, 200)
+    assert (other.status_code, later.status_code) == (200, 200)
 
 
-async def test_http2_is_spoken_where_tls_is(new_edge: Callable[..., Any], tmp_path: Path) -> None:
-    names = (f"*.{DOMAIN}", DOMAIN)
-    cert, key = make_certificate(tmp_path, *names)
-    edge = new_edge(tls_cert=cert, tls_key=key)
-    edge.start()
-    routes = Routes(edge.settings.edge_target)
-    from tests.support.edge import Machine
-
-    machine = Machine(edge.new_address())
-    await machine.listen(8080)
-    await routes.set("itls", machine.address)
+async def test_http2_is_spoken_where_tls_is(new_world: Any, tmp_path: Path) -> None:
+    cert, key = make_certificate(tmp_path, f"*.{DOMAIN}")
+    world = await new_world(tls_cert=cert, tls_key=key)
+    sandbox_id, _ = await world.sandbox(8080)
     context = ssl.create_default_context(cafile=str(cert))
-    host = f"8080-itls.{DOMAIN}"
+    host = f"8080-{sandbox_id}.{DOMAIN}"
 
-    async with httpx.AsyncClient(http2=True, verify=context, timeout=10, trust_env=False) as client:
-        answers = await asyncio.gather(
-            *(
-                client.get(f"{edge.tls_url}/{n}", headers={"Host": host}, extensions={"sni_hostname": host})
-                for n in range(50)
-            )
-        )
-    await routes.close()
-    await machine.close()
+    async with httpx.AsyncClient(base_url=world.edge.tls_url, http2=True, verify=context, trust_env=False) as client:
+        named = {"headers": {"Host": host}, "extensions": {"sni_hostname": host}}
+        answers = await asyncio.gather(*(client.get(f"/{n}", **named) for n in range(50)))
 
     assert {answer.http_version for answer in answers} == {"HTTP/2"}
     assert {answer.json()["headers"]["x-forwarded-proto"] for answer in answers} == {"https"}
     assert {answer.json()["target"] for answer in answers} == {f"/{n}" for n in range(50)}
+
+
+async def test_the_api_is_reached_by_name_over_tls(new_world: Any, tmp_path: Path) -> None:
+    """With a domain and a wildcard certificate, clients need the domain and a key and nothing else."""
+    cert, key = make_certificate(tmp_path, f"*.{DOMAIN}")
+    world = await new_world(tls_cert=cert, tls_key=key)
+    context = ssl.create_default_context(cafile=str(cert))
+    host = f"api.{DOMAIN}"
+
+    async with httpx.AsyncClient(base_url=world.edge.tls_url, http2=True, verify=context, trust_env=False) as client:
+        answer = await client.post("/v2/sandboxes", headers={"Host": host}, extensions={"sni_hostname": host})
+
+    assert answer.json()["target"] == "/v2/sandboxes"
+    assert answer.json()["headers"]["x-forwarded-proto"] == "https"
 
 
 async def test_http2_with_prior_knowledge_is_spoken_without_tls(world: Any) -> None:
@@ -333,7 +326,8 @@ async def test_dropping_a_route_ends_its_http2_streams_and_keeps_the_connection(
             parts = answer.aiter_raw()
             await anext(parts)
             await world.routes.drop(sandbox_id)
-            with pytest.raises(httpx.RemoteProtocolError):
+            # HAProxy before 3.0 ends a cut HTTP/2 stream of unknown length as if it were whole; newer ones reset it.
+            with pytest.raises((httpx.RemoteProtocolError, StopAsyncIteration)):
                 await asyncio.wait_for(anext(parts), 5)
         after = await client.get(world.edge.url, headers=headers_for(other_id))
 

@@ -12,10 +12,11 @@ local SECRET_PATH = os.getenv("EMBERBOX_EDGE_SECRET_PATH")
 local DEADLINE_MS = tonumber(os.getenv("EMBERBOX_EDGE_WAKE_MS"))
 local routes = Map.new(os.getenv("EMBERBOX_EDGE_MAP"), Map._str)
 
--- Each thread of HAProxy has a Lua state of its own, so these count per thread.
-local MOST_ASKED_AT_ONCE = 64
-local MOST_WAITING = 1000
-local MOST_MISSES_A_SECOND = 100
+-- Each thread of HAProxy has a Lua state of its own and counts for itself.
+local THREADS = tonumber(os.getenv("EMBERBOX_EDGE_THREADS"))
+local MOST_ASKED_AT_ONCE = math.max(128 // THREADS, 4)
+local MOST_WAITING = math.max(2000 // THREADS, 50)
+local MOST_MISSES_A_SECOND = math.max(200 // THREADS, 10)
 local POLL_MS, SLOWEST_POLL_MS = 2, 50
 
 local asked = {}         -- sandbox ID and port -> question
@@ -80,12 +81,16 @@ end
 
 -- The value of a route that the control plane told here but did not set: it has no lane.
 local function value_of(told)
-  local address = type(told.address) == "string" and told.address or ""
-  if not address:match("^%d+%.%d+%.%d+%.%d+$") then return nil end
-  local ports = {}
-  for _, port in ipairs(told.httpsPorts or {}) do ports[#ports + 1] = string.format("%d", port) end
-  local token, mask = told.trafficTokenSha256 or "", told.maskRequestHost or ""
-  if (token .. mask):find("[|%c ]") then return nil end
+  if type(told) ~= "table" then return nil end
+  local address = told.address
+  local token, mask, ports = told.trafficTokenSha256 or "", told.maskRequestHost or "", told.httpsPorts or {}
+  if type(address) ~= "string" or not address:match("^%d+%.%d+%.%d+%.%d+$") then return nil end
+  if type(token) ~= "string" or not (token == "" or #token == 64 and token:match("^%x+$")) then return nil end
+  if type(mask) ~= "string" or mask:find("[|%c ]") then return nil end
+  if type(ports) ~= "table" then return nil end
+  for _, port in ipairs(ports) do
+    if math.type(port) ~= "integer" then return nil end
+  end
   return table.concat({address, "", "", token:lower(), "", table.concat(ports, ","), mask}, "|")
 end
 
@@ -110,10 +115,11 @@ local function wake(txn)
     asked[key] = question
     -- Every way out of here answers the question: a client may go away while it waits, so that too is in the task.
     core.register_task(function()
-      if wait_for_a_turn(deadline) then
+      local has_turn = wait_for_a_turn(deadline)
+      if has_turn and (misses[source] or 0) < MOST_MISSES_A_SECOND then
         ask(question, id, port)
       else
-        question.busy, question.answered_at = true, milliseconds()
+        question.held_off, question.answered_at = has_turn and "flood" or "busy", milliseconds()
       end
       if question.status == 404 or question.status == 502 then misses[source] = (misses[source] or 0) + 1 end
     end)
@@ -124,12 +130,11 @@ local function wake(txn)
     pause = math.min(pause + 1, SLOWEST_POLL_MS)
   end
 
-  if question.busy then return answers.refuse(txn, "busy") end
+  if question.held_off then return answers.refuse(txn, question.held_off) end
   if not question.answered_at then return answers.refuse(txn, "no_control") end
   if question.status ~= 200 then return pass_on(txn, question) end
   -- The control plane sets the route before it answers; the map then knows the sandbox's lanes as well.
-  local told = json.decode(question.body)
-  local value = routes:lookup(id) or (type(told) == "table" and value_of(told))
+  local value = routes:lookup(id) or value_of(json.decode(question.body))
   if not value then return answers.refuse(txn, "no_control") end
   txn:set_var("txn.route", value)
 end
