@@ -15,7 +15,7 @@ from emberbox.control.tokens import SandboxTokens
 from emberbox.store.records import MetricRecord, SandboxRecord
 
 SandboxState = Literal["running", "paused"]
-TimeoutSeconds = Annotated[int, Field(ge=0, lt=2**31, description="Seconds")]
+TimeoutSeconds = Annotated[int, Field(strict=True, ge=0, lt=2**31, description="Seconds")]
 
 CLIENT_ID = "emberbox"
 """`clientID` is deprecated in E2B's API but still required in its answers."""

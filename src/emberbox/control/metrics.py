@@ -101,8 +101,8 @@ class Metrics:
 
     def _interval(self, start: int | None, end: int | None) -> tuple[int, int]:
         now = now_ms()
+        if start is not None and end is not None and start > end:
+            raise Invalid(f"start {start} is after end {end}")
         end_ms = now if end is None else (end + 1) * 1000 - 1
         start_ms = now - self._plane.settings.metrics_keep_seconds * 1000 if start is None else start * 1000
-        if start_ms > end_ms:
-            raise Invalid(f"start {start} is after end {end}")
         return start_ms, end_ms
