@@ -121,6 +121,8 @@ def _sentence(error: RequestValidationError) -> str:
         kind = problem.get("type", "")
         if kind == "json_invalid":
             return f"the body is not JSON: {problem.get('ctx', {}).get('error', 'cannot be parsed')}"
+        if kind == "model_attributes_type" and problem.get("loc") == ("body",):
+            return "the body is not a JSON object; send one with Content-Type: application/json"
         where = ".".join(str(part) for part in problem.get("loc", ()))
         parts.append(f"{where[:200]}: {problem.get('msg', 'invalid')}")
     return "; ".join(parts) or "the request is not valid"

@@ -82,6 +82,10 @@ class Accounts:
         self._used[kind][principal.credential.id] = now_ms()
         return principal
 
+    def forget(self) -> None:
+        """Look every credential up again at its next use."""
+        self._remembered.clear()
+
     def is_admin(self, token: str) -> bool:
         expected = self._settings.admin_token
         return bool(expected) and hmac.compare_digest(

@@ -221,6 +221,7 @@ class Lifecycle:
         if running is None:
             raise sandbox_not_found(record.id)
         await self._plane.edge.set_route(route_of(running, self._plane.tokens))
+        self._plane.written_down(record.id, record.node_id)
         log.info("sandbox.resumed", sandbox_id=record.id)
         return running
 

@@ -24,6 +24,14 @@ class Plane:
     tokens: SandboxTokens
     worker: str = field(default_factory=lambda: str(uuid.uuid4()))
     """This process, in the rows whose transition it carries out."""
+    overtaken: set[str] = field(default_factory=set)
+    """Sandboxes that a node reported as paused while their create or resume was still being written down."""
+
+    def written_down(self, sandbox_id: str, node_id: str) -> None:
+        """A create or resume is in the store; look at the node again if it has gone on meanwhile."""
+        if sandbox_id in self.overtaken:
+            self.overtaken.discard(sandbox_id)
+            self.nodes.look_again(node_id)
 
 
 def envd_version(_agent_version: str) -> str:

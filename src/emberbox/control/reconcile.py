@@ -89,7 +89,7 @@ class Reconciler:
         # What ended is kept in mind too, so that a machine that outlived its row's end is found out below.
         for record in await rows.live(self._plane.store, node_id=node.node_id):
             known.add(record.id)
-            if self._goes_on_elsewhere(record) or record.state_changed_at >= opened_ms:
+            if self._goes_on_elsewhere(record) or record.state_changed_at > opened_ms:
                 continue
             await self._repair(record, machines.get(record.id))
         for machine in state.machines:
@@ -148,8 +148,19 @@ class Reconciler:
                 await self._end(record, machine)
             else:
                 await node.acknowledge([machine.sandbox_id])
-        elif machine.state == pb.MACHINE_STATE_PAUSED and record is not None and record.state == State.RUNNING:
-            await self._found_paused(record, machine)
+        elif machine.state == pb.MACHINE_STATE_PAUSED and record is not None:
+            recorded = record.state == State.RUNNING and await self._found_paused(record, machine)
+            if not recorded:
+                self._plane.overtaken.add(record.id)
+                await self._no_longer_moving(record)
+
+    async def _no_longer_moving(self, record: SandboxRecord) -> None:
+        """Close the gap between reading the row and marking it: its transition may have been written down in it."""
+        now = await rows.get(self._plane.store, record.id)
+        if now is None or now.state in (State.PAUSED, State.KILLING, State.ENDED):
+            self._plane.overtaken.discard(record.id)
+        elif now.state == State.RUNNING:
+            self._plane.written_down(record.id, record.node_id)
 
     # ---- the outcomes
 
@@ -170,17 +181,18 @@ class Reconciler:
 
     async def _end(self, record: SandboxRecord, machine: pb.MachineStatus | None) -> None:
         reason = _REASONS.get(machine.end_reason, "lost") if machine is not None else "lost"
-        ended = await self._move(
-            record,
-            Event.ENDED,
-            {
-                "worker": None,
-                "address": "",
-                "ended_at": (machine.changed_unix_ms if machine is not None else 0) or now_ms(),
-                "end_reason": reason,
-                "idempotency_key": None,
-            },
-        )
+        changes = {
+            "state_changed_at": now_ms(),
+            "worker": None,
+            "address": "",
+            "ended_at": (machine.changed_unix_ms if machine is not None else 0) or now_ms(),
+            "end_reason": reason,
+            "idempotency_key": None,
+        }
+        # An end that the node reports is final whatever the row says by now. That it does not know a machine is so
+        # only as long as the row is as it was read.
+        transitions = moves(Event.ENDED) if machine is not None else {record.state: State.ENDED.value}
+        ended = await rows.move(self._plane.store, record.id, transitions=transitions, changes=changes)
         await self._plane.edge.drop_route(record.id)
         if machine is not None:
             await self._plane.nodes.get(record.node_id).acknowledge([record.id])
@@ -210,7 +222,7 @@ class Reconciler:
             log.warning("sandbox.repaired", sandbox_id=record.id, was=record.state, now="running")
             await self._plane.edge.set_route(route_of(running, self._plane.tokens))
 
-    async def _found_paused(self, record: SandboxRecord, machine: pb.MachineStatus) -> None:
+    async def _found_paused(self, record: SandboxRecord, machine: pb.MachineStatus) -> bool:
         by_itself = record.state == State.RUNNING
         changes: dict[str, Any] = {
             "worker": None,
@@ -220,10 +232,11 @@ class Reconciler:
         if by_itself:
             changes["pause_memory"] = record.auto_pause_memory
         paused = await self._move(record, Event.FOUND_PAUSED, changes)
-        await self._plane.edge.drop_route(record.id)
         if paused is not None:
+            await self._plane.edge.drop_route(record.id)
             event = "sandbox.auto_paused" if by_itself else "sandbox.repaired"
             log.info(event, sandbox_id=record.id, was=record.state, now="paused")
+        return paused is not None
 
     async def _move(self, record: SandboxRecord, event: Event, changes: Mapping[str, Any]) -> SandboxRecord | None:
         """Move a row that is still as it was read; somebody else's newer decision stands."""

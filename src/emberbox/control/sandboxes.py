@@ -123,7 +123,7 @@ class Sandboxes:
         """Record that the node has started `record`, and tell the edge.
 
         Raises:
-            Conflict: somebody killed the sandbox meanwhile; its machine is ended.
+            Conflict: the sandbox was killed, or ended by itself, meanwhile; its machine is ended.
         """
         changes = {
             "address": machine.address,
@@ -138,8 +138,13 @@ class Sandboxes:
         )
         if running is None:
             await self._plane.edge.drop_route(record.id)
+            now = await rows.get(self._plane.store, record.id)
+            if now is not None and now.end_reason == "timed_out":
+                # It was created, and had so short a time that it is over.
+                return now
             await self._plane.nodes.get(record.node_id).kill(record.id)
-            raise Conflict(f"sandbox {record.id!r} was killed while it was being created")
+            raise Conflict(f"sandbox {record.id!r} ended while it was being created")
+        self._plane.written_down(record.id, record.node_id)
         return running
 
     async def undo_create(self, record: SandboxRecord, node: Node, error: BaseException) -> None:
