@@ -93,8 +93,8 @@ func (t *Table) Start(spec Spec) (*Process, *Subscription, error) {
 		fs.shutAll()
 		return nil, nil, fmt.Errorf("%w: %w", ErrBadStart, err)
 	}
-	// emberd may be protected from the OOM killer; what it starts is not.
-	_ = os.WriteFile("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", []byte("0"), 0)
+	// When memory runs out, what emberd started goes before emberd. Raising the score needs no privilege.
+	_ = os.WriteFile("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", []byte("200"), 0)
 
 	p := &Process{
 		PID: uint32(pid), Config: spec.Config, Tag: spec.Tag, t: t, cast: newBroadcast(),

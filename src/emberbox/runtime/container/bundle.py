@@ -107,7 +107,7 @@ def configuration(spec: MachineSpec, places: Places, first_id: int, *, swap_acco
                 {"type": "RLIMIT_MEMLOCK", "hard": 8 * MIB, "soft": 8 * MIB},
             ],
             "noNewPrivileges": False,  # sudo
-            "oomScoreAdj": 100,  # when the whole host is short of memory, machines go before the node
+            "oomScoreAdj": 0,  # the agent raises it for what it starts, so that it goes last itself
         },
         "mounts": _mounts(spec, places),
         "linux": {

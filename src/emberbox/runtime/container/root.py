@@ -88,12 +88,16 @@ class Layers:
         self._mounted[image.stem] = image
         return target
 
-    def forget_deleted(self) -> None:
-        """Unmount layers whose image was deleted, so that its blocks become free with the last machine."""
-        for stem, image in list(self._mounted.items()):
-            if not image.exists():
-                self._unmount(self._directory / stem)
-                del self._mounted[stem]
+    def forget_unused(self) -> None:
+        """Unmount layers whose image was deleted, so that its blocks become free with the last machine, and those
+        that an earlier process mounted and this one has not asked for."""
+        if not self._directory.is_dir():
+            return
+        for target in self._directory.iterdir():
+            image = self._mounted.get(target.name)
+            if image is None or not image.exists():
+                self._unmount(target)
+                self._mounted.pop(target.name, None)
 
     def close(self) -> None:
         if self._directory.is_dir():

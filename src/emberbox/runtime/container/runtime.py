@@ -98,7 +98,7 @@ class ContainerRuntime:
         for machine_id in sorted(found - keep):
             await end_container(machine_id, None, self._root(machine_id), self._cgroup(machine_id), self._oci)
             removed.append(f"container {machine_id}")
-        await asyncio.to_thread(self._layers.forget_deleted)
+        await asyncio.to_thread(self._layers.forget_unused)
         return removed
 
     async def close(self) -> None:
