@@ -15,7 +15,7 @@ import httpx
 from fastapi import FastAPI
 
 from emberbox.api.app import create_app
-from emberbox.control.bootstrap import bootstrap, create_key
+from emberbox.control.bootstrap import Bootstrapped, bootstrap, create_key
 from emberbox.control.service import ControlPlane
 from emberbox.settings import Settings
 from emberbox.store import teams as team_rows
@@ -103,7 +103,7 @@ async def made_world(**settings: Any) -> AsyncIterator[World]:
         configured.edge_secret_path.write_text(EDGE_SECRET + "\n")
         await node.start(configured.node_target)
         await edge.start(configured.edge_target)
-        first = await bootstrap(configured)
+        first = await _bootstrapped(configured)
         key = first.api_key or (await create_key(configured, "another")).value
         yield World(configured, node, edge, key, first.team_id)
     finally:
@@ -118,6 +118,22 @@ async def serving_world(**settings: Any) -> AsyncIterator[World]:
         await world.ready()
         await eventually(lambda: any(name == "ReplaceRoutes" for name, _ in world.edge.calls))
         yield world
+
+
+_first_runs: list[tuple[tempfile.TemporaryDirectory[str], Bootstrapped]] = []
+"""A first run on SQLite to copy from, made once a test process: migrating takes longer than most tests."""
+
+
+async def _bootstrapped(settings: Settings) -> Bootstrapped:
+    if settings.database_url:
+        return await bootstrap(settings)
+    if not _first_runs:
+        kept = tempfile.TemporaryDirectory(prefix="eb-first-")
+        _first_runs.append((kept, await bootstrap(settings)))
+        shutil.copytree(settings.api_dir, Path(kept.name) / "api")
+    else:
+        shutil.copytree(Path(_first_runs[0][0].name) / "api", settings.api_dir)
+    return _first_runs[0][1]
 
 
 async def eventually(true: Callable[[], bool | Awaitable[bool]], *, seconds: float = 20) -> None:
