@@ -36,18 +36,23 @@ class LoopDevice:
         self.close()
 
 
-def attach(image: Path, *, read_only: bool = False) -> LoopDevice:
-    """Attach `image` to a free loop device, with direct I/O where the file system below can.
+def attach(image: Path, *, read_only: bool = False, direct: bool = False) -> LoopDevice:
+    """Attach `image` to a free loop device.
 
-    Direct I/O keeps one copy of the data in memory (the mounted file system's), not two.
+    Args:
+        direct: use direct I/O where the file system below can. It keeps one copy of the data in memory (the mounted
+            file system's), not two; an image that was just written goes to the disk first, which takes time.
 
     Raises:
         OSError: no device is free, or the image cannot be opened.
     """
     backing = os.open(image, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+    flags = _LO_FLAGS_AUTOCLEAR
+    flags |= _LO_FLAGS_READ_ONLY if read_only else 0
+    flags |= _LO_FLAGS_DIRECT_IO if direct else 0
     try:
         for _ in range(_ATTEMPTS):
-            device = _try_attach(backing, read_only)
+            device = _try_attach(backing, flags)
             if device is not None:
                 return device
     finally:
@@ -55,7 +60,8 @@ def attach(image: Path, *, read_only: bool = False) -> LoopDevice:
     raise OSError(errno.EBUSY, f"no loop device became free for {image}")
 
 
-def _try_attach(backing: int, read_only: bool) -> LoopDevice | None:
+def _try_attach(backing: int, flags: int) -> LoopDevice | None:
+    read_only = bool(flags & _LO_FLAGS_READ_ONLY)
     control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     try:
         number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
@@ -68,7 +74,6 @@ def _try_attach(backing: int, read_only: bool) -> LoopDevice | None:
         if error.errno in (errno.ENOENT, errno.ENXIO):
             return None
         raise
-    flags = _LO_FLAGS_AUTOCLEAR | _LO_FLAGS_DIRECT_IO | (_LO_FLAGS_READ_ONLY if read_only else 0)
     try:
         fcntl.ioctl(device, _LOOP_CONFIGURE, _config(backing, flags))
     except OSError as error:

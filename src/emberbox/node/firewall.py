@@ -1,4 +1,4 @@
-"""The host's packet filter for slots: one nftables table an instance, one chain a slot.
+"""The host's packet filter for slots: one nftables table an instance, one chain a slot that has a policy of its own.
 
 What every slot has, whatever its policy: it sends with its own address only, no IPv6, nothing to the host except
 name queries, nothing to another slot, and nothing to private, link-local, multicast or reserved networks. What is
@@ -43,6 +43,7 @@ NEVER_ALLOWED = tuple(
         "240.0.0.0/4",
     )
 )
+_ADMITTED_AT_ONCE = 256
 _CONNECTIONS_PER_SLOT = 8192
 _NAMES_PER_SLOT = 4096
 """Addresses that allowed domains may resolve to at one time."""
@@ -135,6 +136,10 @@ def _is_domain(entry: str) -> bool:
     )
 
 
+OPEN_RULES = parse_policy(OPEN_NETWORK)
+"""The internet, and nothing of the host's networks."""
+
+
 class Firewall:
     """The table `settings.instance`. Every change is one transaction in a thread."""
 
@@ -145,6 +150,8 @@ class Firewall:
         self._never = tuple(collapse_addresses((*NEVER_ALLOWED, settings.slot_network, *extra)))
         self._network = settings.slot_network
         self._nft: Nft | None = None
+        self._admitted = 0
+        self._own_chains: set[int] = set()
 
     async def start(self, dns_port: int) -> None:
         """Put the rules of all slots into the kernel, keeping the chains of slots that are there.
@@ -159,15 +166,28 @@ class Firewall:
             self._nft = await asyncio.to_thread(Nft)
         except NftError as error:
             raise NetworkFailure(str(error)) from error
-        await self._run(self._common(dns_port))
+        # Slots are let in by their number, many at once: a transaction for each would cost more than the slot.
+        self._admitted = min(_ADMITTED_AT_ONCE, self._slot_count)
+        await self._run(self._common(dns_port) + self._sources(range(self._admitted)))
 
-    async def add(self, slot: Slot) -> None:
+    async def admit(self, index: int) -> None:
         """Let a new slot in, with the open policy."""
-        await self._run(self._slot(slot, parse_policy(OPEN_NETWORK)))
+        if index >= self._admitted:
+            more = range(self._admitted, min(index + _ADMITTED_AT_ONCE, self._slot_count))
+            await self._run(self._sources(more))
+            self._admitted = more.stop
+
+    def adopt(self, index: int) -> None:
+        """A slot that an earlier process used: it may have a chain."""
+        self._own_chains.add(index)
 
     async def apply(self, slot: Slot, rules: Rules) -> None:
         """Replace a slot's policy at once."""
-        await self._run(self._slot(slot, rules))
+        if rules == OPEN_RULES:
+            await self.remove([slot.index])
+            return
+        self._own_chains.add(slot.index)
+        await self._run(self._chain(slot.index, rules))
 
     async def allow_names(self, slot_index: int, addresses: Iterable[tuple[str, int]]) -> None:
         """Let a slot reach what an allowed domain resolved to: pairs of address and seconds."""
@@ -183,10 +203,11 @@ class Firewall:
         )
 
     async def remove(self, indexes: Iterable[int]) -> None:
-        """Forget slots; what is not there is not an error."""
-        text = "".join(self._without(index) for index in indexes)
-        if text:
-            await self._run(text)
+        """Forget the policies of slots; they are open then."""
+        doomed = self._own_chains.intersection(indexes)
+        if doomed:
+            await self._run("".join(self._without(index) for index in sorted(doomed)))
+            self._own_chains -= doomed
 
     async def clear(self) -> None:
         """Take the whole table away."""
@@ -245,8 +266,9 @@ class Firewall:
                 "",
                 f"oifname {slots} jump refuse",
                 f"ip daddr {{ {never} }} jump refuse",
+                # The host's connection table is shared: one slot must not fill it.
+                f"ct state new add @connections {{ iifname ct count over {_CONNECTIONS_PER_SLOT} }} jump refuse",
                 "iifname vmap @slots",
-                "jump refuse",
             ),
             "refuse": ("", "meta l4proto tcp reject with tcp reset", "reject with icmpx type admin-prohibited"),
         }
@@ -255,6 +277,7 @@ class Firewall:
             f"add table {table}",
             f"add map {table} slots {{ type ifname : verdict; }}",
             f"add set {table} sources {{ type ifname . ipv4_addr; }}",
+            f"add set {table} connections {{ type ifname; size 65535; flags dynamic; }}",
         ]
         for name, (hook, *_) in chains.items():
             lines.append(f"add chain {table} {name}" + (f" {{ {hook} }}" if hook else ""))
@@ -263,16 +286,21 @@ class Firewall:
             lines.extend(f"add rule {table} {name} {rule}" for rule in rules)
         return "\n".join(lines) + "\n"
 
-    def _slot(self, slot: Slot, rules: Rules) -> str:
-        table, chain, names = f"inet {self._table}", f"slot-{slot.index}", f"names-{slot.index}"
-        interface = f'"{interface_name(self._table, slot.index)}"'
+    @property
+    def _slot_count(self) -> int:
+        return self._network.num_addresses // 4
+
+    def _sources(self, indexes: range) -> str:
+        pairs = (f'"{interface_name(self._table, n)}" . {machine_address(self._network, n)}' for n in indexes)
+        return f"add element inet {self._table} sources {{ {', '.join(pairs)} }}\n"
+
+    def _chain(self, index: int, rules: Rules) -> str:
+        table, chain, names = f"inet {self._table}", f"slot-{index}", f"names-{index}"
         lines = [f"add chain {table} {chain}", f"flush chain {table} {chain}"]
         # The set of names is emptied by each new policy: what it held may not be allowed any more.
         new_set = f"add set {table} {names} {{ type ipv4_addr; flags timeout; size {_NAMES_PER_SLOT}; }}"
         lines += [new_set, f"delete set {table} {names}"]
         rule = f"add rule {table} {chain}"
-        # The host's connection table is shared: one slot must not fill it.
-        lines.append(f"{rule} ct state new ct count over {_CONNECTIONS_PER_SLOT} jump refuse")
         if rules.allow:
             lines.append(f"{rule} ip daddr {{ {_list(rules.allow)} }} accept")
         if rules.domains:
@@ -281,22 +309,17 @@ class Firewall:
             lines.append(f"{rule} jump refuse")
         elif rules.deny:
             lines.append(f"{rule} ip daddr {{ {_list(rules.deny)} }} jump refuse")
-        lines.append(f"{rule} accept")
-        lines.append(f"add element {table} slots {{ {interface} : jump {chain} }}")
-        lines.append(f"add element {table} sources {{ {interface} . {slot.address} }}")
+        lines.append(f'add element {table} slots {{ "{interface_name(self._table, index)}" : jump {chain} }}')
         return "\n".join(lines) + "\n"
 
     def _without(self, index: int) -> str:
         table, chain, names = f"inet {self._table}", f"slot-{index}", f"names-{index}"
         interface = f'"{interface_name(self._table, index)}"'
-        address = machine_address(self._network, index)
         # Each thing is added before it is deleted, so that a missing one is not an error.
         return (
             f"add chain {table} {chain}\n"
             f"add element {table} slots {{ {interface} : jump {chain} }}\n"
             f"delete element {table} slots {{ {interface} }}\n"
-            f"add element {table} sources {{ {interface} . {address} }}\n"
-            f"delete element {table} sources {{ {interface} . {address} }}\n"
             f"flush chain {table} {chain}\n"
             f"delete chain {table} {chain}\n"
             f"add set {table} {names} {{ type ipv4_addr; flags timeout; size {_NAMES_PER_SLOT}; }}\n"

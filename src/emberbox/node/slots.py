@@ -23,6 +23,7 @@ from emberbox.linux.netlink import Netlink
 from emberbox.node.dns import Forwarder
 from emberbox.node.errors import NetworkFailure, NodeFull
 from emberbox.node.firewall import (
+    OPEN_RULES,
     Firewall,
     NetworkPolicy,
     Rules,
@@ -31,7 +32,6 @@ from emberbox.node.firewall import (
     machine_address,
     parse_policy,
 )
-from emberbox.node.model import OPEN_NETWORK
 from emberbox.runtime.base import Slot
 from emberbox.settings import Settings
 
@@ -141,6 +141,8 @@ class Slots:
             raise NetworkFailure(f"the network namespace {slot.netns} is gone")
         self._left_over.discard(index)
         self._in_use[index] = slot
+        self._firewall.adopt(index)
+        await self._firewall.admit(index)
         return slot
 
     async def apply(self, slot: Slot, policy: NetworkPolicy) -> None:
@@ -161,6 +163,7 @@ class Slots:
         doomed = [index for index in doomed if index in self._left_over]
         for index in doomed:
             self._left_over.discard(index)
+            self._firewall.adopt(index)
             await self._remove(index)
         return [f"slot {interface_name(self._settings.instance, index)}" for index in doomed]
 
@@ -180,7 +183,7 @@ class Slots:
         self._making += 1
         try:
             await asyncio.to_thread(self._build, slot)
-            await self._firewall.add(slot)
+            await self._firewall.admit(slot.index)
         except BaseException as error:
             await asyncio.shield(self._remove(slot.index))
             if isinstance(error, OSError):
@@ -188,7 +191,7 @@ class Slots:
             raise
         finally:
             self._making -= 1
-        self._remember(slot.index, parse_policy(OPEN_NETWORK))
+        self._remember(slot.index, OPEN_RULES)
         return slot
 
     def _free_index(self) -> int:
@@ -290,7 +293,8 @@ class Slots:
         log.error("firewall.flushed", table=self._settings.instance)
         await self._firewall.start(self._forwarder.port)
         for slot in (*self._ready, *self._in_use.values()):
-            await self._firewall.apply(slot, self._policies.get(slot.index, parse_policy(OPEN_NETWORK)))
+            await self._firewall.admit(slot.index)
+            await self._firewall.apply(slot, self._policies.get(slot.index, OPEN_RULES))
 
 
 def _enable_forwarding() -> None:

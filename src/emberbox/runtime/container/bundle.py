@@ -134,7 +134,7 @@ def configuration(spec: MachineSpec, places: Places, first_id: int, *, swap_acco
             },
             "maskedPaths": _MASKED,
             "readonlyPaths": _READ_ONLY,
-            "rootfsPropagation": "private",
+            "rootfsPropagation": "rprivate",
             "seccomp": profile(),
         },
     }

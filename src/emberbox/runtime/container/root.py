@@ -21,6 +21,7 @@ import fcntl
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -46,17 +47,20 @@ class IdMaps:
 
     def __init__(self) -> None:
         self._namespaces: dict[int, tuple[int, int]] = {}
+        self._lock = threading.Lock()
 
     def of(self, first_id: int) -> tuple[int, int]:
-        """Descriptors for layers and for the upper."""
-        known = self._namespaces.get(first_id)
+        """Descriptors for layers and for the upper. A range belongs to one machine at a time."""
+        with self._lock:
+            known = self._namespaces.pop(first_id, None)
         if known is None:
             layers = mounts.user_namespace([IdMap(0, first_id, ID_COUNT)])
             upper = mounts.user_namespace([IdMap(0, 0, 1), IdMap(DISK_ID, first_id, ID_COUNT)])
             known = layers, upper
-            while len(self._namespaces) >= self._KEPT:
+        with self._lock:
+            self._namespaces[first_id] = known  # the latest is last, and the first goes first
+            while len(self._namespaces) > self._KEPT:
                 self._close(self._namespaces.pop(next(iter(self._namespaces))))
-            self._namespaces[first_id] = known
         return known
 
     def close(self) -> None:
@@ -75,15 +79,20 @@ class Layers:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._mounted: dict[str, Path] = {}
+        self._lock = threading.Lock()
 
     def mount(self, image: Path) -> Path:
         """Where the layer is mounted."""
+        with self._lock:
+            return self._mount(image)
+
+    def _mount(self, image: Path) -> Path:
         target = self._directory / image.stem
         if image.stem in self._mounted and os.path.ismount(target):
             return target
         target.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.path.ismount(target):
-            with loops.attach(image, read_only=True) as device:
+            with loops.attach(image, read_only=True, direct=True) as device:
                 mounts.mount(device.path, target, "erofs", mounts.MS_RDONLY | mounts.MS_NODEV)
         self._mounted[image.stem] = image
         return target
@@ -91,13 +100,14 @@ class Layers:
     def forget_unused(self) -> None:
         """Unmount layers whose image was deleted, so that its blocks become free with the last machine, and those
         that an earlier process mounted and this one has not asked for."""
-        if not self._directory.is_dir():
-            return
-        for target in self._directory.iterdir():
-            image = self._mounted.get(target.name)
-            if image is None or not image.exists():
-                self._unmount(target)
-                self._mounted.pop(target.name, None)
+        with self._lock:
+            if not self._directory.is_dir():
+                return
+            for target in self._directory.iterdir():
+                image = self._mounted.get(target.name)
+                if image is None or not image.exists():
+                    self._unmount(target)
+                    self._mounted.pop(target.name, None)
 
     def close(self) -> None:
         if self._directory.is_dir():
