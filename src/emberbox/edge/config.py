@@ -69,12 +69,8 @@ class Paths:
 
     @property
     def certificate(self) -> Path:
-        """A link to the certificate; HAProxy looks for the key beside it."""
+        """The certificate and its key, as HAProxy wants them."""
         return self.home / "tls.pem"
-
-    @property
-    def key(self) -> Path:
-        return self.home / "tls.pem.key"
 
 
 def write_lua(paths: Paths) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 import structlog
 
@@ -57,7 +56,7 @@ class Door:
             for sentence in self.table.load():
                 log.warning("edge.route_unreadable", reason=sentence)
             await asyncio.to_thread(self.table.save)
-            self._link_certificate()
+            self._copy_certificate()
             changed = self._write_config()
             if await self.proxy.adopt():
                 self._has_old_workers = True
@@ -176,7 +175,7 @@ class Door:
             log.warning("edge.sessions_not_ended", error=str(error))
 
     async def _reload(self) -> None:
-        self._link_certificate()
+        self._copy_certificate()
         self._write_config()
         self._has_old_workers = True
         try:
@@ -231,20 +230,25 @@ class Door:
         write_text(self.paths.config, text)
         return True
 
-    def _link_certificate(self) -> None:
+    def _copy_certificate(self) -> None:
+        """Put the certificate and its key together, where HAProxy can read them after it was taken over, too.
+
+        Raises:
+            BadConfiguration: one of them is not set or cannot be read.
+        """
         cert, key = self._settings.tls_cert, self._settings.tls_key
         if (cert is None) != (key is None):
             raise BadConfiguration("TLS needs both a certificate and its key (tls_cert and tls_key)")
         if cert is None or key is None:
+            self.paths.certificate.unlink(missing_ok=True)
             return
-        for link, target in ((self.paths.certificate, cert), (self.paths.key, key)):
-            if not os.access(target, os.R_OK):
-                raise BadConfiguration(f"the user of the edge cannot read {target}; give it the right to")
-            fresh = link.with_name(link.name + ".new")
-            fresh.unlink(missing_ok=True)
-            fresh.symlink_to(Path(target).absolute())
-            os.replace(fresh, link)
-        self._certificate = self._certificate_state()
+        state = self._certificate_state()
+        try:
+            text = f"{cert.read_text().rstrip()}\n{key.read_text().rstrip()}\n"
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadConfiguration(f"the edge cannot read the TLS certificate or its key: {error}") from None
+        write_text(self.paths.certificate, text, mode=0o600)
+        self._certificate = state
 
     def _certificate_state(self) -> tuple[int, ...]:
         state = []

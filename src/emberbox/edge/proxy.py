@@ -187,10 +187,12 @@ def _leftover(paths: Paths) -> int | None:
     return pid if os.fsencode(paths.config) in words else None
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, mode: int = 0o644) -> None:
     """Write a file in one step."""
     fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text)
+    fresh.unlink(missing_ok=True)
+    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+        file.write(text)
     os.replace(fresh, path)
 
 

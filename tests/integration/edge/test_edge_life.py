@@ -284,10 +284,10 @@ async def test_more_sandboxes_than_lanes_are_all_served(own_world: Any) -> None:
     machine = await world.machine(8080)
     ids = [world.new_id() for _ in range(1100)]
 
-    await world.routes.replace({sandbox_id: machine.address for sandbox_id in ids[:1020]})
+    await world.routes.replace(dict.fromkeys(ids[:1020], machine.address))
     for sandbox_id in ids[1020:1030]:
         await world.routes.set(sandbox_id, machine.address)
-    await world.routes.replace({sandbox_id: machine.address for sandbox_id in ids})
+    await world.routes.replace(dict.fromkeys(ids, machine.address))
 
     reached = {await _reached(world, sandbox_id) for sandbox_id in (*ids[:5], *ids[1020:1030], *ids[-5:])}
     assert reached == {machine.address}

@@ -121,12 +121,14 @@ async def test_a_websocket_goes_through_text_and_bytes(world: Any) -> None:
     await world.routes.set(sandbox_id, machine.address)
     uri = f"ws://8080-{sandbox_id}.{DOMAIN}:{EDGE_PORT}/chat"
 
-    async with echoing_websockets(machine.address, 8080):
-        async with connect(uri, host=world.edge.address, port=EDGE_PORT, max_size=None) as socket:
-            await socket.send("hällo")
-            text = await socket.recv()
-            await socket.send(bytes(range(256)) * 5000)
-            data = await socket.recv()
+    async with (
+        echoing_websockets(machine.address, 8080),
+        connect(uri, host=world.edge.address, port=EDGE_PORT, max_size=None) as socket,
+    ):
+        await socket.send("hällo")
+        text = await socket.recv()
+        await socket.send(bytes(range(256)) * 5000)
+        data = await socket.recv()
 
     assert text == "hällo"
     assert data == bytes(range(256)) * 5000
@@ -163,13 +165,15 @@ async def test_dropping_a_route_ends_an_open_websocket(world: Any) -> None:
     await world.routes.set(sandbox_id, machine.address)
     uri = f"ws://8080-{sandbox_id}.{DOMAIN}:{EDGE_PORT}/"
 
-    async with echoing_websockets(machine.address, 8080):
-        async with connect(uri, host=world.edge.address, port=EDGE_PORT) as socket:
-            await socket.send("x")
-            await socket.recv()
-            await world.routes.drop(sandbox_id)
-            with pytest.raises(ConnectionClosed):
-                await asyncio.wait_for(socket.recv(), 5)
+    async with (
+        echoing_websockets(machine.address, 8080),
+        connect(uri, host=world.edge.address, port=EDGE_PORT) as socket,
+    ):
+        await socket.send("x")
+        await socket.recv()
+        await world.routes.drop(sandbox_id)
+        with pytest.raises(ConnectionClosed):
+            await asyncio.wait_for(socket.recv(), 5)
 
 
 async def test_dropping_a_route_ends_an_open_tls_stream(world: Any, tmp_path: Path) -> None:
