@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from recipe import LabImage, say
+from tests.lab.recipe import LabImage, say
 
 _KERNEL_WORDS = "console=ttyS0 reboot=t panic=-1 mitigations=off quiet"
 

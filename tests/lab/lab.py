@@ -14,12 +14,11 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent.parent / "src"), str(HERE.parent.parent)]
-
-from host import Lab, LabError  # noqa: E402
-from recipe import RecipeError, build, say  # noqa: E402
+sys.path[:0] = [str(HERE.parent.parent / "src"), str(HERE.parent.parent)]
 
 from emberbox.runtime.firecracker.errors import GuestFilesError  # noqa: E402
+from tests.lab.host import Lab, LabError  # noqa: E402
+from tests.lab.recipe import RecipeError, build, say  # noqa: E402
 
 API_PORT = 3000
 EDGE_PORT = 3002

@@ -296,7 +296,7 @@ def _require(*tools: str) -> None:
 
 def _run(*command: str, log: Path | None = None, env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
     done = subprocess.run(
-        ["nice", "-n", "15", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, cwd=cwd, check=False
+        ["nice", "-n", "5", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, cwd=cwd, check=False
     )
     if log is not None:
         log.write_bytes(done.stdout)

@@ -164,6 +164,24 @@ async def test_a_machine_saved_twice_is_restored_from_its_merged_memory(
     await last.destroy()
 
 
+async def test_a_machine_saved_many_times_keeps_a_short_chain(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
+) -> None:
+    machine = await runtime.start(new_spec("m1"))
+    for number in range(9):
+        (tmp_path / str(number)).mkdir()
+        last = await machine.save(tmp_path / str(number), memory=True)
+        await asyncio.sleep(0.1)
+
+    pieces = snapshots.read_manifest(last.directory).pieces
+
+    assert len(pieces) <= 7
+    restored = await runtime.restore(new_spec("m2"), last)
+    assert await restored.alive()
+    await restored.destroy()
+    await machine.destroy()
+
+
 async def test_clones_share_one_memory_file_and_run_at_once(
     runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
 ) -> None:

@@ -12,8 +12,8 @@ import pytest
 from emberbox.runtime import sparse
 from emberbox.runtime.errors import SavedDamaged
 from emberbox.runtime.firecracker import snapshots
-from emberbox.runtime.firecracker.chain import Chain, next_name
-from emberbox.runtime.firecracker.snapshots import Manifest, Piece
+from emberbox.runtime.firecracker.chain import Chain
+from emberbox.runtime.firecracker.snapshots import Manifest, Piece, next_name
 
 PAGE = 4096
 
@@ -65,7 +65,7 @@ def test_merging_leaves_one_whole_piece_with_the_newest_pages(saved: tuple[Path,
     memory = (folder / merged.pieces[0].name).read_bytes()
     assert [memory[page * PAGE : page * PAGE + 1] for page in range(4)] == [b"a", b"b", b"c", b"\0"]
     assert snapshots.read_manifest(folder) == merged
-    assert sorted(path.name for path in folder.glob("memory.*")) == ["memory.3"]
+    assert sorted(path.name for path in folder.glob("memory.*")) == ["memory.2m"]
     snapshots.verify(folder, merged, set())
 
 
@@ -207,3 +207,30 @@ def test_a_save_that_was_not_finished_makes_the_next_one_whole(saved: tuple[Path
     assert Chain(tmp_path / "chain").pieces == ()
     chain.replace(manifest.pieces[:1], folder)
     assert Chain(tmp_path / "chain").pieces == manifest.pieces[:1]
+
+
+def test_a_long_chain_is_merged_while_it_grows(saved: tuple[Path, Manifest], tmp_path: Path) -> None:
+    folder, manifest = saved
+    chain = Chain(tmp_path / "chain")
+    chain.begin(manifest.pieces[:2], folder)
+
+    whole = chain.merge(manifest.pieces[:2])
+    chain.replace(manifest.pieces, folder)
+    chain.replace_merged(manifest.pieces[:2], whole)
+
+    assert chain.pieces == (Piece("memory.1m", whole.checksum), manifest.pieces[2])
+    assert next_name(chain.pieces) == "memory.3"
+    assert sorted(path.name for path in (tmp_path / "chain").iterdir()) == ["chain.json", "memory.1m", "memory.2"]
+
+
+def test_what_was_merged_is_dropped_when_the_chain_began_anew(saved: tuple[Path, Manifest], tmp_path: Path) -> None:
+    folder, manifest = saved
+    chain = Chain(tmp_path / "chain")
+    chain.begin(manifest.pieces[:2], folder)
+
+    whole = chain.merge(manifest.pieces[:2])
+    chain.replace(manifest.pieces[2:], folder)
+    chain.replace_merged(manifest.pieces[:2], whole)
+
+    assert chain.pieces == manifest.pieces[2:]
+    assert sorted(path.name for path in (tmp_path / "chain").iterdir()) == ["chain.json", "memory.2"]

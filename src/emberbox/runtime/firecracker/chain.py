@@ -14,7 +14,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from emberbox.runtime.firecracker.snapshots import Piece
+from emberbox.runtime.firecracker.snapshots import Piece, merge_pieces
 
 _LIST = "chain.json"
 _UNSURE = "unsure"
@@ -62,16 +62,27 @@ class Chain:
         (self._folder / _UNSURE).unlink(missing_ok=True)
         kept = {_LIST, *(piece.name for piece in pieces)}
         for path in self._folder.iterdir():
-            if path.name not in kept:
+            if path.name not in kept and path.is_file():
                 path.unlink()
+
+    def merge(self, pieces: tuple[Piece, ...]) -> Piece:
+        """Make one whole piece of `pieces`, for `replace_merged`; the chain stays as it is and may grow meanwhile."""
+        shutil.rmtree(self._merged, ignore_errors=True)
+        self._merged.mkdir()
+        return merge_pieces(self._folder, pieces, self._merged)
+
+    def replace_merged(self, pieces: tuple[Piece, ...], whole: Piece) -> None:
+        """Put `whole` where the chain begins with `pieces`; does nothing when it begins with others by now."""
+        now = self.pieces
+        if now[: len(pieces)] == pieces:
+            self.replace((whole, *now[len(pieces) :]), self._merged)
+        shutil.rmtree(self._merged, ignore_errors=True)
+
+    @property
+    def _merged(self) -> Path:
+        return self._folder / "merged"
 
     def _write(self, pieces: tuple[Piece, ...]) -> None:
         work = self._folder / f"{_LIST}.new"
         work.write_text(json.dumps([asdict(piece) for piece in pieces]))
         work.rename(self._folder / _LIST)
-
-
-def next_name(pieces: tuple[Piece, ...]) -> str:
-    """Return the file name of the piece that comes after `pieces`."""
-    numbers = [int(piece.name.partition(".")[2]) for piece in pieces]
-    return f"memory.{max(numbers, default=-1) + 1}"

@@ -17,7 +17,7 @@ from emberbox.runtime.base import MIB, Limits, MachineSpec, Saved, Stats
 from emberbox.runtime.errors import MachineGone, NotSupported, RuntimeFailure
 from emberbox.runtime.firecracker import process, snapshots
 from emberbox.runtime.firecracker.api import Firecracker
-from emberbox.runtime.firecracker.chain import Chain, next_name
+from emberbox.runtime.firecracker.chain import Chain
 from emberbox.runtime.firecracker.errors import ApiError, ApiUnreachable
 from emberbox.runtime.firecracker.jail import OUT, Jail, cgroup_version
 
@@ -26,6 +26,8 @@ log = structlog.get_logger(__name__)
 NAME = "firecracker"
 _END_SECONDS = 10.0
 _CONSOLE_LIMIT = MIB
+_LONGEST_CHAIN = 4
+"""Pieces of memory behind a running machine; more are merged, so that restoring its saves stays quick."""
 
 
 class MicroVM:
@@ -53,6 +55,7 @@ class MicroVM:
         self._paused = paused
         self._after_save = after_save
         self._changing = asyncio.Lock()
+        self._shortening: asyncio.Task[None] | None = None
 
     def record(self) -> dict[str, Any]:
         return {"pid": self._identity.pid, "started": self._identity.started, "user": self._jail.user}
@@ -89,6 +92,9 @@ class MicroVM:
         return await asyncio.to_thread(self._read_stats)
 
     async def destroy(self) -> None:
+        if self._shortening is not None:
+            self._shortening.cancel()
+            await asyncio.gather(self._shortening, return_exceptions=True)
         async with self._changing:
             await asyncio.to_thread(self._end)
 
@@ -128,7 +134,7 @@ class MicroVM:
     async def _save_with_memory(self, into: Path) -> Saved:
         began = time.perf_counter()
         below = self._chain.pieces
-        name = next_name(below)
+        name = snapshots.next_name(below)
         was_running = not self._paused
         if was_running:
             await self._pause()
@@ -164,7 +170,21 @@ class MicroVM:
         saved = Saved(runtime=NAME, directory=into, upper=into / snapshots.UPPER, memory=True)
         if below:
             self._after_save(saved)
+        if len(below) >= _LONGEST_CHAIN and self._shortening is None:
+            self._shortening = asyncio.create_task(self._shorten_chain(), name=f"shorten {self.spec.machine_id}")
         return saved
+
+    async def _shorten_chain(self) -> None:
+        """Merge what lies behind the machine, without keeping it from being saved meanwhile."""
+        try:
+            pieces = self._chain.pieces
+            whole = await asyncio.to_thread(self._chain.merge, pieces)
+            async with self._changing:
+                self._chain.replace_merged(pieces, whole)
+        except OSError as error:
+            log.warning("microvm.chain_not_shortened", machine_id=self.spec.machine_id, reason=str(error))
+        finally:
+            self._shortening = None
 
     def _discard(self, name: str) -> None:
         """Remove what a failed save left; the chain stays marked, so the next save is a whole one."""

@@ -106,19 +106,7 @@ def merge(folder: Path, manifest: Manifest) -> Manifest:
     """
     if len(manifest.pieces) == 1:
         return manifest
-    numbers = [int(piece.name.partition(".")[2]) for piece in manifest.pieces]
-    name = f"memory.{max(numbers) + 1}"
-    work = folder / "merging"
-    work.unlink(missing_ok=True)
-    try:
-        sparse.clone(folder / manifest.pieces[0].name, work, mode=0o444)
-        for piece in manifest.pieces[1:]:
-            sparse.overlay(folder / piece.name, work)
-        whole = Piece(name, sparse.checksum(work))
-        work.rename(folder / name)
-    except BaseException:
-        work.unlink(missing_ok=True)
-        raise
+    whole = merge_pieces(folder, manifest.pieces, folder)
     merged = Manifest(
         firecracker=manifest.firecracker,
         cpu_count=manifest.cpu_count,
@@ -131,6 +119,33 @@ def merge(folder: Path, manifest: Manifest) -> Manifest:
     for piece in manifest.pieces:
         (folder / piece.name).unlink(missing_ok=True)
     return merged
+
+
+def merge_pieces(folder: Path, pieces: tuple[Piece, ...], into: Path) -> Piece:
+    """Make one whole piece, in `into`, of `pieces` in `folder`. Takes as long as copying the data of the first."""
+    merged = into / f"memory.{number_of(pieces[-1])}m"
+    work = into / "merging"
+    work.unlink(missing_ok=True)
+    try:
+        sparse.clone(folder / pieces[0].name, work, mode=0o444)
+        for piece in pieces[1:]:
+            sparse.overlay(folder / piece.name, work)
+        whole = Piece(merged.name, sparse.checksum(work))
+        work.rename(merged)
+    except BaseException:
+        work.unlink(missing_ok=True)
+        raise
+    return whole
+
+
+def number_of(piece: Piece) -> int:
+    """Return the N of `memory.N`, and of `memory.Nm`, in which the pieces up to N are merged."""
+    return int(piece.name.partition(".")[2].removesuffix("m"))
+
+
+def next_name(pieces: tuple[Piece, ...]) -> str:
+    """Return the file name of the piece that comes after `pieces`."""
+    return f"memory.{max(map(number_of, pieces), default=-1) + 1}"
 
 
 def _verify_file(path: Path, expected: str) -> None:

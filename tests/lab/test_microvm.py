@@ -1,0 +1,141 @@
+"""Sandboxes in real microVMs: what only a guest kernel of its own, and memory that survives, can show."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from e2b import Sandbox
+
+NewSandbox = Callable[[], Sandbox]
+InLab = Callable[[str], str]
+PATIENCE = 300.0
+
+
+def run(sandbox: Sandbox, command: str, user: str = "user") -> str:
+    return sandbox.commands.run(command, user=user, timeout=PATIENCE, request_timeout=PATIENCE).stdout.strip()
+
+
+def machines(in_lab: InLab) -> int:
+    return int(in_lab("pgrep -c -x firecracker || true").strip() or 0)
+
+
+def test_a_sandbox_has_a_kernel_of_its_own(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    sandbox = new_sandbox()
+
+    boot_id = run(sandbox, "cat /proc/sys/kernel/random/boot_id")
+
+    assert boot_id != in_lab("cat /proc/sys/kernel/random/boot_id").strip()
+    assert "Firecracker" in run(sandbox, "cat /sys/class/dmi/id/sys_vendor /proc/cmdline 2>/dev/null; true") or (
+        "emberd.mode=vm" in run(sandbox, "cat /proc/cmdline")
+    )
+
+
+def test_every_machine_is_jailed_with_a_user_of_its_own(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    new_sandbox(), new_sandbox()
+
+    processes = in_lab(
+        "for p in $(pgrep -x firecracker); do"
+        " grep -E '^(Uid|CapEff|Seccomp|NoNewPrivs):' /proc/$p/status | tr -s '\\t\\n' ' ';"
+        " readlink /proc/$p/ns/net /proc/$p/ns/mnt | tr '\\n' ' '; cat /proc/$p/cgroup; done"
+    ).splitlines()
+
+    users = [line.split()[1] for line in processes]
+    assert len(processes) >= 2
+    assert len(set(users)) == len(users)
+    assert "0" not in users
+    for line in processes:
+        assert "CapEff: 0000000000000000" in line
+        assert "Seccomp: 2" in line
+        assert "NoNewPrivs: 1" in line
+    host = in_lab("readlink /proc/self/ns/net").strip()
+    assert all(host not in line for line in processes)
+    assert len({line.split("0::")[1] for line in processes}) == len(processes)
+
+
+def test_two_clones_of_one_memory_share_no_randomness_and_no_identity(new_sandbox: NewSandbox) -> None:
+    facts = "head -c 16 /dev/urandom | od -An -tx1; python3 -c 'import uuid; print(uuid.uuid4())'; cat /etc/machine-id"
+
+    one, two = (run(new_sandbox(), facts).splitlines() for _ in range(2))
+
+    assert all(a != b for a, b in zip(one, two, strict=True))
+
+
+def test_the_clock_of_a_restored_machine_is_right(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    sandbox = new_sandbox()
+
+    before = float(in_lab("date +%s.%N"))
+    inside = float(run(sandbox, "date +%s.%N"))
+    after = float(in_lab("date +%s.%N"))
+
+    assert before - 0.05 <= inside <= after + 0.05
+
+
+def test_processes_and_files_survive_pause_and_resume_again_and_again(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    sandbox = new_sandbox()
+    counter = "n=0; while true; do n=$((n+1)); echo $n > ~/count; sleep 0.2; done"
+    background = sandbox.commands.run(counter, background=True, timeout=0, request_timeout=PATIENCE)
+    run(sandbox, "mkdir -p ~/kept && exec 9<>~/kept/open; echo x > ~/kept/0")
+    last = 0
+
+    for turn in range(1, 6):
+        sandbox.pause(request_timeout=PATIENCE)
+        sandbox = Sandbox.connect(sandbox.sandbox_id, timeout=1800, request_timeout=PATIENCE)
+
+        time.sleep(1)
+        count = int(run(sandbox, "cat ~/count"))
+        assert count > last, f"the counter stands still after resume {turn}"
+        assert background.pid in [each.pid for each in sandbox.commands.list(request_timeout=PATIENCE)]
+        run(sandbox, f"echo {turn} > ~/kept/{turn}")
+        assert run(sandbox, "ls ~/kept | grep -c '^[0-9]*$'") == str(turn + 1)
+        last = count
+
+
+def test_a_pause_that_keeps_no_memory_boots_again_from_the_files(new_sandbox: NewSandbox) -> None:
+    sandbox = new_sandbox()
+    boot_id = run(sandbox, "echo kept > ~/kept; sync; cat /proc/sys/kernel/random/boot_id")
+
+    sandbox.pause(mode="filesystem", request_timeout=PATIENCE)
+    again = Sandbox.connect(sandbox.sandbox_id, timeout=1800, request_timeout=PATIENCE)
+
+    assert run(again, "cat ~/kept") == "kept"
+    assert run(again, "cat /proc/sys/kernel/random/boot_id") != boot_id
+
+
+def test_a_killed_sandbox_leaves_nothing(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    sandbox = new_sandbox()
+    before = in_lab("ls /var/lib/emberbox/node/machines").split()
+
+    sandbox.kill(request_timeout=PATIENCE)
+
+    gone = set(before) - set(in_lab("ls /var/lib/emberbox/node/machines").split())
+    assert gone
+    for machine in gone:
+        assert in_lab(f"pgrep -f -- --id={machine} || true").strip() == ""
+        assert in_lab(f"find /sys/fs/cgroup -name {machine}").strip() == ""
+        assert in_lab(f"grep -c {machine} /proc/self/mountinfo || true").strip() == "0"
+
+
+def test_the_guest_cannot_reach_the_host_or_another_sandbox(new_sandbox: NewSandbox) -> None:
+    sandbox = new_sandbox()
+    probe = "timeout 20 bash -c 'exec 3<>/dev/tcp/{}/{}' 2>/dev/null && echo open || echo closed"
+
+    assert run(sandbox, probe.format("10.0.2.2", 22)) == "closed"
+    assert run(sandbox, probe.format("198.18.0.1", 3000)) == "closed"
+    assert run(sandbox, probe.format("169.254.0.22", 22)) == "closed"
+
+
+@pytest.mark.slow
+def test_forks_of_a_running_sandbox_go_on_from_the_same_instant(new_sandbox: NewSandbox) -> None:
+    sandbox = new_sandbox()
+    run(sandbox, "echo before > ~/state")
+
+    forks = sandbox.fork(count=2, request_timeout=PATIENCE)
+
+    try:
+        run(sandbox, "echo after > ~/state")
+        assert [run(fork, "cat ~/state") for fork in forks] == ["before", "before"]
+    finally:
+        for fork in forks:
+            fork.kill(request_timeout=PATIENCE)
