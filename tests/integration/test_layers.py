@@ -1,0 +1,65 @@
+"""Packing and keeping layers with mkfs.erofs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from emberbox.images.errors import ImageError
+from emberbox.images.layers import LayerStore, file_digest
+
+pytestmark = pytest.mark.skipif(shutil.which("mkfs.erofs") is None, reason="needs mkfs.erofs (erofs-utils)")
+
+
+def _tree(root: Path) -> Path:
+    (root / "etc").mkdir(parents=True)
+    (root / "etc/file").write_text("content")
+    (root / "link").symlink_to("etc/file")
+    (root / "etc/file").chmod(0o640)
+    for path in (root / "etc/file", root / "etc", root):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    os.utime(root / "link", (1_000_000_000, 1_000_000_000), follow_symlinks=False)
+    os.utime(root, (1_000_000_000, 1_000_000_000))
+    return root
+
+
+async def test_equal_content_gives_the_same_layer(tmp_path: Path) -> None:
+    store = LayerStore(tmp_path / "layers")
+
+    first = await store.pack(_tree(tmp_path / "a"))
+    second = await store.pack(_tree(tmp_path / "b"))
+
+    assert first.digest == second.digest == file_digest(first.path)
+    assert store.digests() == [first.digest]
+    assert first.path.stat().st_mode & 0o777 == 0o400
+
+
+async def test_a_layer_can_be_copied_between_stores(tmp_path: Path) -> None:
+    layer = await LayerStore(tmp_path / "one").pack(_tree(tmp_path / "a"))
+    other = LayerStore(tmp_path / "two")
+
+    copy = await other.take_copy(layer.path)
+
+    assert copy.digest == layer.digest
+    assert other.path(layer.digest) == copy.path
+
+
+async def test_a_failed_pack_leaves_nothing(tmp_path: Path) -> None:
+    store = LayerStore(tmp_path / "layers")
+
+    with pytest.raises(ImageError, match="could not be packed"):
+        await store.pack(tmp_path / "missing")
+
+    assert list(store.directory.iterdir()) == []
+
+
+async def test_a_removed_layer_is_gone_and_removing_again_is_no_error(tmp_path: Path) -> None:
+    store = LayerStore(tmp_path / "layers")
+    layer = await store.pack(_tree(tmp_path / "a"))
+
+    assert store.remove(layer.digest)
+    assert not store.remove(layer.digest)
+    assert store.path(layer.digest) is None
