@@ -13,7 +13,7 @@ from emberbox.runtime import sparse
 from emberbox.runtime.errors import SavedDamaged
 from emberbox.runtime.firecracker import snapshots
 from emberbox.runtime.firecracker.chain import Chain
-from emberbox.runtime.firecracker.snapshots import Manifest, Piece, next_name
+from emberbox.runtime.firecracker.snapshots import Manifest, Piece, Trusted, next_name
 
 PAGE = 4096
 
@@ -66,7 +66,7 @@ def test_merging_leaves_one_whole_piece_with_the_newest_pages(saved: tuple[Path,
     assert [memory[page * PAGE : page * PAGE + 1] for page in range(4)] == [b"a", b"b", b"c", b"\0"]
     assert snapshots.read_manifest(folder) == merged
     assert sorted(path.name for path in folder.glob("memory.*")) == ["memory.2m"]
-    snapshots.verify(folder, merged, set())
+    snapshots.verify(folder, merged, Trusted())
 
 
 def test_merging_does_not_touch_pieces_that_others_share(saved: tuple[Path, Manifest], tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_merge_that_fails_leaves_the_machine_as_it_was(
 
     assert snapshots.read_manifest(folder) == manifest
     assert not (folder / "merging").exists()
-    snapshots.verify(folder, manifest, set())
+    snapshots.verify(folder, manifest, Trusted())
     assert len(snapshots.merge(folder, manifest).pieces) == 1
 
 
@@ -134,14 +134,14 @@ def test_a_damaged_machine_is_refused_and_the_file_named(
     break_it(folder)
 
     with pytest.raises(SavedDamaged, match=words):
-        snapshots.verify(folder, manifest, set())
+        snapshots.verify(folder, manifest, Trusted())
 
 
 def test_memory_found_right_once_is_not_read_again(
     saved: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, manifest = saved
-    trusted: set[tuple[int, int, int]] = set()
+    trusted = Trusted()
     snapshots.verify(folder, manifest, trusted)
     read: list[str] = []
     real = sparse.checksum

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class MicroVM:
         *,
         firecracker_version: str,
         paused: bool,
-        after_save: Callable[[Saved], None],
+        after_save: Callable[[Saved], Awaitable[None]],
     ) -> None:
         self.spec = spec
         self.address: IPv4Address = spec.slot.address
@@ -168,8 +168,7 @@ class MicroVM:
             ms=round((time.perf_counter() - began) * 1000, 1),
         )
         saved = Saved(runtime=NAME, directory=into, upper=into / snapshots.UPPER, memory=True)
-        if below:
-            self._after_save(saved)
+        await self._after_save(saved)
         if len(below) >= _LONGEST_CHAIN and self._shortening is None:
             self._shortening = asyncio.create_task(self._shorten_chain(), name=f"shorten {self.spec.machine_id}")
         return saved

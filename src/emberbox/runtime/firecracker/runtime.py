@@ -55,7 +55,7 @@ class FirecrackerRuntime:
         self.settings = settings
         self._version = version
         self._deadlines = Deadlines().scaled(settings.time_scale)
-        self._trusted: set[tuple[int, int, int]] = set()
+        self._trusted = snapshots.Trusted()
         self._folders: WeakValueDictionary[tuple[int, int], asyncio.Lock] = WeakValueDictionary()
         self._merging: set[asyncio.Task[None]] = set()
         self._one_merge = asyncio.Semaphore(1)
@@ -133,16 +133,20 @@ class FirecrackerRuntime:
 
     # ---- saved machines ----
 
-    def merge_later(self, saved: Saved) -> None:
-        """Make the saved machine's memory one whole file in the background, so that its restore need not."""
-        task = asyncio.create_task(self._merge(saved.directory), name=f"merge {saved.directory.name}")
-        self._merging.add(task)
-        task.add_done_callback(self._merging.discard)
+    async def _after_save(self, saved: Saved) -> None:
+        """Trust what was just written, and make its memory one whole file in the background."""
+        manifest = await asyncio.to_thread(snapshots.read_manifest, saved.directory)
+        for piece in manifest.pieces:
+            self._trusted.add(saved.directory / piece.name)
+        if len(manifest.pieces) > 1:
+            task = asyncio.create_task(self._merge(saved.directory), name=f"merge {saved.directory.name}")
+            self._merging.add(task)
+            task.add_done_callback(self._merging.discard)
 
     async def _merge(self, folder: Path) -> None:
         async with self._one_merge, self._folder_lock(folder):
             try:
-                await asyncio.to_thread(lambda: snapshots.merge(folder, snapshots.read_manifest(folder)))
+                await asyncio.to_thread(lambda: self._merge_now(folder, snapshots.read_manifest(folder)))
             except (OSError, RuntimeFailure) as error:
                 # Not lost: the pieces are still there, and the restore merges them itself.
                 log.warning("microvm.merge_failed", folder=str(folder), reason=str(error))
@@ -150,7 +154,12 @@ class FirecrackerRuntime:
     def _prepare(self, folder: Path) -> snapshots.Manifest:
         manifest = snapshots.read_manifest(folder)
         snapshots.verify(folder, manifest, self._trusted)
-        return snapshots.merge(folder, manifest)
+        return self._merge_now(folder, manifest)
+
+    def _merge_now(self, folder: Path, manifest: snapshots.Manifest) -> snapshots.Manifest:
+        merged = snapshots.merge(folder, manifest)
+        self._trusted.add(folder / merged.pieces[0].name)
+        return merged
 
     @contextlib.asynccontextmanager
     async def _folder_lock(self, folder: Path) -> AsyncIterator[None]:
@@ -227,7 +236,7 @@ class FirecrackerRuntime:
             chain,
             firecracker_version=self._version,
             paused=paused,
-            after_save=self.merge_later,
+            after_save=self._after_save,
         )
 
     # ---- sweeping ----

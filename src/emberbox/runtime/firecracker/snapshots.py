@@ -77,12 +77,30 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify(folder: Path, manifest: Manifest, trusted: set[tuple[int, int, int]]) -> None:
-    """Compare the saved files with their checksums.
+class Trusted:
+    """Pieces whose checksum was compared or computed by this process, by device, inode and change of content.
 
-    Args:
-        trusted: device, inode and change time of pieces checked before. A template's memory is checked once, not for
-            each of its clones; what is found right is added.
+    A template's memory is read once to check it, not for each of its clones; what was just written is not read again.
+    """
+
+    _MOST = 10_000
+
+    def __init__(self) -> None:
+        self._marks: set[tuple[int, int, int]] = set()
+
+    def add(self, path: Path) -> None:
+        if len(self._marks) >= self._MOST:
+            self._marks.clear()  # costs one more check of each
+        mark = _mark(path)
+        if mark is not None:
+            self._marks.add(mark)
+
+    def __contains__(self, path: Path) -> bool:
+        return _mark(path) in self._marks
+
+
+def verify(folder: Path, manifest: Manifest, trusted: Trusted) -> None:
+    """Compare the saved files with their checksums, except pieces that are trusted already.
 
     Raises:
         SavedDamaged: a file is missing or differs; says which.
@@ -90,11 +108,9 @@ def verify(folder: Path, manifest: Manifest, trusted: set[tuple[int, int, int]])
     _verify_file(folder / STATE, manifest.state_checksum)
     for piece in manifest.pieces:
         path = folder / piece.name
-        mark = _mark(path)
-        if mark is None or mark not in trusted:
+        if path not in trusted:
             _verify_file(path, piece.checksum)
-            if mark is not None:
-                trusted.add(mark)
+            trusted.add(path)
     if not (folder / UPPER).exists():
         raise SavedDamaged("the saved machine is incomplete: its disk is missing")
 
