@@ -8,6 +8,7 @@ from emberbox.cli import node_client
 from emberbox.cli.errors import CliError, NotRunning
 from emberbox.cli.output import err, note, warn
 from emberbox.cli.state import State, StateDir, effective_settings, running_state
+from emberbox.edge.main import end_leftover
 from emberbox.settings import Settings
 
 STOP_SECONDS = 120.0
@@ -26,6 +27,7 @@ def down(settings: Settings, *, keep: bool) -> None:
     try:
         state = running_state(settings)
     except NotRunning as nothing:
+        end_leftover(settings)
         note(nothing.message)
         return
     settings = effective_settings(settings, state)
@@ -63,6 +65,8 @@ def _stop_roles(settings: Settings, state: State, *, keep: bool) -> None:
     for name in ("edge", "node"):
         if name in by_name:
             by_name[name].stop(grace=ROLE_GRACE)
+    # An edge that was killed leaves its HAProxy running for the next one.
+    end_leftover(settings)
     StateDir(settings).clear()
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import grpc.aio
 import structlog
 
+from emberbox.edge import proxy
+from emberbox.edge.config import Paths
 from emberbox.edge.door import Door
 from emberbox.edge.errors import BadConfiguration, EdgeError
 from emberbox.edge.service import EdgeService
@@ -39,9 +41,18 @@ def serve(settings: Settings) -> None:
         raise SystemExit(1) from None
 
 
+def end_leftover(settings: Settings) -> bool:
+    """End the HAProxy of a killed edge, for `emberbox down`; not that of an edge that runs. True when there was one."""
+    try:
+        with _alone(Paths(settings.edge_dir).lock):
+            return proxy.end_leftover(Paths(settings.edge_dir))
+    except (BadConfiguration, OSError):
+        return False
+
+
 async def _serve(settings: Settings) -> None:
     settings.edge_dir.mkdir(parents=True, exist_ok=True)
-    with _alone(settings.edge_dir / "lock"):
+    with _alone(Paths(settings.edge_dir).lock):
         door = Door(settings)
         await door.open()
         server: grpc.aio.Server | None = None

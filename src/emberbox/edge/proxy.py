@@ -177,6 +177,14 @@ class Proxy:
                 await self._exited.wait()
 
 
+def end_leftover(paths: Paths) -> bool:
+    """End the HAProxy that a killed edge left behind, when no other edge will take it over. True when there was one."""
+    pid = _leftover(paths)
+    if pid is not None:
+        _signal(pid, signal.SIGTERM)
+    return pid is not None
+
+
 def _leftover(paths: Paths) -> int | None:
     """The process in the pid file, if it still is the HAProxy of this edge."""
     try:

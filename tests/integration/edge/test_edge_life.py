@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from emberbox.edge.main import end_leftover
 from tests.support.edge import DOMAIN, EdgeProcess, Exchange, eventually, headers_for, make_certificate
 
 
@@ -332,3 +333,16 @@ async def test_an_address_that_is_given_to_another_sandbox_serves_that_one(own_w
     answers = await asyncio.gather(*(world.client.post("/", headers=headers_for(new_id)) for _ in range(20)))
     assert {answer.status_code for answer in answers} == {200}
     assert len(new.seen) == 20
+
+
+async def test_what_a_killed_edge_left_can_be_ended(own_world: Any) -> None:
+    world = own_world
+    of_a_running_edge = end_leftover(world.edge.settings)
+    world.edge.kill()
+
+    found = end_leftover(world.edge.settings)
+
+    await eventually(lambda: not world.edge.haproxies())
+    assert not of_a_running_edge
+    assert found
+    assert not end_leftover(world.edge.settings)
