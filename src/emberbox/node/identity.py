@@ -25,7 +25,6 @@ def again(record: SandboxRecord) -> dict[str, Any]:
         **_common(record.image, record.limits),
         "envVars": {**record.image.env_vars, **record.env_vars},
         "accessToken": record.access_token,
-        "hostname": record.sandbox_id,
         "sandboxID": record.sandbox_id,
         "templateID": record.template_id,
         "teamID": record.team_id,
