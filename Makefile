@@ -94,8 +94,8 @@ compat: install-dev ## Run the client suites against several releases of the SDK
 	$(PYTHON) -m tests.clients.compat.matrix
 
 .PHONY: bench
-bench: install-dev ## Run every benchmark against a fresh Emberbox
-	$(PYTHON) bench/run.py
+bench: install-dev ## Run every benchmark, each against a fresh Emberbox; ARGS=--write writes docs/benchmarks.md
+	$(PYTHON) bench/run.py $(ARGS)
 
 # ---- the lab: a KVM host under QEMU
 

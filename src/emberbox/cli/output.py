@@ -37,6 +37,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     out.print(grid)
 
 
+def printable(text: str) -> str:
+    """`text` from inside a sandbox, harmless for the terminal: control characters are shown, not obeyed."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def note(message: str) -> None:
     """Tell something on standard error."""
     err.print(message, style="dim", markup=False)

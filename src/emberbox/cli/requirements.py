@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import platform
@@ -18,6 +19,9 @@ from pathlib import Path
 
 from emberbox.cli import kvm
 from emberbox.cli.errors import CliError
+from emberbox.runtime.firecracker import setup as firecracker
+from emberbox.runtime.firecracker import trial
+from emberbox.runtime.firecracker.errors import FirecrackerError
 from emberbox.settings import Settings
 
 SUPPORTED_SYSTEMS = {("debian", "12"), ("debian", "13"), ("ubuntu", "24.04")}
@@ -115,20 +119,20 @@ def require_root() -> None:
 
 
 def _requirements(settings: Settings) -> list[Requirement]:
-    firecracker = settings.runtime == "firecracker"
+    microvms = settings.runtime == "firecracker"
     return [
         Requirement("system", check_system, optional=True),
         Requirement("root", check_root),
         Requirement("kernel", check_kernel),
         Requirement("cgroups", check_cgroups),
-        Requirement("user namespaces", check_user_namespaces, optional=firecracker),
+        Requirement("user namespaces", check_user_namespaces, optional=microvms),
         Requirement("overlayfs", check_overlayfs),
         Requirement("erofs", check_erofs),
         Requirement("loop devices", check_loop_devices),
         Requirement("network namespaces", check_network),
         Requirement("nftables", check_nftables),
-        Requirement("kvm", check_kvm, optional=not firecracker),
-        Requirement(settings.runc, lambda s: check_program(s.runc, "--version"), optional=firecracker),
+        Requirement("kvm", check_kvm, optional=not microvms),
+        Requirement(settings.runc, lambda s: check_program(s.runc, "--version"), optional=microvms),
         *(
             Requirement(program, lambda _, p=program, f=flag: check_program(p, f))  # type: ignore[misc]
             for program, flag in PROGRAMS.items()
@@ -293,15 +297,27 @@ def check_nftables(_: Settings) -> str:
     return "made and removed a table"
 
 
-def check_kvm(_: Settings) -> str:
+def check_kvm(settings: Settings) -> str:
     try:
         kvm.probe()
-    except kvm.KvmUnusable as unusable:
+        booted = _boot_guest(settings)
+    except (kvm.KvmUnusable, FirecrackerError) as unusable:
         raise Unmet(
             f"{unusable}: no microVMs on this host",
             "sandboxes are containers; for microVMs switch on (nested) virtualization and load kvm_intel or kvm_amd",
         ) from None
-    return "ran a few instructions in a virtual machine (only booting a guest shows more)"
+    if booted:
+        return "booted a guest kernel under Firecracker"
+    return "ran a few instructions in a virtual machine; `emberbox setup` tries more, it boots a guest"
+
+
+def _boot_guest(settings: Settings) -> bool:
+    """Boot the trial guest where Firecracker and a guest kernel are installed; false where they are not."""
+    if not firecracker.present(settings) or not (firecracker.parts_dir(settings) / "guest").is_dir():
+        return False
+    parts = firecracker.install(settings)
+    asyncio.run(trial.boot(parts.programs.firecracker, parts.guest.kernel, time_scale=settings.time_scale))
+    return True
 
 
 # ---- programs

@@ -6,7 +6,7 @@ from typing import Any
 
 from emberbox.cli.api_client import Api
 from emberbox.cli.errors import CliError
-from emberbox.cli.output import err, print_json, table
+from emberbox.cli.output import err, print_json, printable, table
 from emberbox.settings import Settings
 
 
@@ -25,7 +25,7 @@ def list_sandboxes(settings: Settings, *, as_json: bool) -> None:
                 one["state"],
                 one["startedAt"],
                 one["endAt"],
-                ", ".join(f"{k}={v}" for k, v in (one.get("metadata") or {}).items()),
+                printable(", ".join(f"{k}={v}" for k, v in (one.get("metadata") or {}).items())),
             )
             for one in found
         ],
@@ -66,7 +66,7 @@ def show_logs(settings: Settings, sandbox_id: str, *, limit: int, level: str | N
         return
     for entry in entries:
         fields = " ".join(f"{k}={v}" for k, v in (entry.get("fields") or {}).items())
-        print(f"{entry['timestamp']} {entry['level']:<5} {entry['message']} {fields}".rstrip())
+        print(printable(f"{entry['timestamp']} {entry['level']:<5} {entry['message']} {fields}".rstrip()))
 
 
 def create_key(settings: Settings, name: str, *, as_json: bool) -> None:
@@ -89,7 +89,7 @@ def list_keys(settings: Settings, *, as_json: bool) -> None:
     for key in keys:
         mask = key["mask"]
         shown = f"{mask['prefix']}{mask['maskedValuePrefix']}...{mask['maskedValueSuffix']}"
-        rows.append((key["id"], key["name"], shown, key["createdAt"], key.get("lastUsed") or "never"))
+        rows.append((key["id"], printable(key["name"]), shown, key["createdAt"], key.get("lastUsed") or "never"))
     table(("id", "name", "key", "created", "last used"), rows)
 
 
