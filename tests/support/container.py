@@ -131,7 +131,13 @@ class World:
         shutil.rmtree(self.data)
 
     async def machine(
-        self, *, upper: Path | None = None, memory_mb: int = 256, disk_mb: int = 1024, hostname: str = "sandbox"
+        self,
+        *,
+        upper: Path | None = None,
+        layers: tuple[str, ...] = (),
+        memory_mb: int = 256,
+        disk_mb: int = 1024,
+        hostname: str = "sandbox",
     ) -> Guest:
         """Start a machine and wait for its agent."""
         slot = await self.slots.take()
@@ -146,7 +152,7 @@ class World:
         spec = MachineSpec(
             machine_id=machine_id,
             directory=directory,
-            layers=tuple(self.disks.layer(digest) for digest in self.layers),
+            layers=tuple(self.disks.layer(digest) for digest in layers or self.layers),
             upper=disk,
             slot=slot,
             limits=Limits(cpu_count=1, memory_mb=memory_mb, disk_size_mb=disk_mb, pids=200),

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from emberbox.images.layers import LayerStore
 from emberbox.runtime.base import Limits
+from emberbox.runtime.container.root import opened_upper
 from emberbox.runtime.container.runtime import ContainerRuntime
 from emberbox.runtime.errors import MachineGone, NotSupported, RuntimeFailure
 from tests.support.container import Guest, World, needs_root
@@ -246,3 +248,35 @@ async def test_nothing_is_left_after_the_last_machine() -> None:
         assert world.traces()
 
     assert world.traces() == []
+
+
+async def test_what_a_machine_wrote_becomes_a_layer_of_others(world: World, tmp_path: Path) -> None:
+    guest = await world.machine()
+    await guest.run(
+        "echo new > /code/made; chown user /code/made; rm /etc/issue; rm -rf /usr/share/perl5; mkdir /usr/share/perl5;"
+        "echo replaced > /usr/share/perl5/only; mv /usr/share/bash-completion /usr/share/moved; chmod 4755 /code/made;"
+        "setcap cap_net_bind_service=ep /code/made 2>/dev/null; true"
+    )
+    saved = await guest.machine.save(tmp_path, memory=False)
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+
+    store = LayerStore(world.settings.node_dir / "layers")
+    with opened_upper(saved.upper, mounted) as folder:
+        layer = await store.pack(folder)
+    other = await world.machine(layers=(*world.layers, layer.digest))
+    output = await other.run(
+        "stat -c '%U %a' /code/made; cat /code/made; ls /etc/issue; ls /usr/share/perl5; ls /usr/share/moved/bash_completion;"
+        "ls -d /usr/share/bash-completion; touch /usr/share/moved/x && echo writable"
+    )
+
+    assert output.text.splitlines() == [
+        "user 4755",
+        "new",
+        "ls: cannot access '/etc/issue': No such file or directory",
+        "only",
+        "/usr/share/moved/bash_completion",
+        "ls: cannot access '/usr/share/bash-completion': No such file or directory",
+        "writable",
+    ]
+    assert list(mounted.iterdir()) == []

@@ -260,3 +260,33 @@ class Root:
                 raise
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def opened_upper(image: Path, directory: Path) -> Iterator[Path]:
+    """Show what a machine wrote, read-only and with ordinary ids (0, 1000), to make a layer of it.
+
+    The folder has overlayfs's own marks: devices 0/0 for what was removed, `trusted.overlay.*` attributes for replaced
+    and renamed folders. A layer packed with them means the same again.
+
+    Args:
+        image: an upper that no machine uses.
+        directory: an empty folder for the mounts.
+    """
+    plain, shown = directory / "plain", directory / "shown"
+    try:
+        for path in (plain, shown):
+            path.mkdir(mode=0o700)
+        with loops.attach(image, read_only=True) as device:
+            mounts.mount(device.path, plain, "ext4", mounts.MS_RDONLY | mounts.MS_NODEV | mounts.MS_NOSUID)
+        namespace = mounts.user_namespace([IdMap(DISK_ID, 0, ID_COUNT)])
+        try:
+            mounts.mount_idmapped(plain, shown, namespace, read_only=True)
+        finally:
+            os.close(namespace)
+        yield shown / "u"
+    finally:
+        mounts.unmount_below(directory)
+        for path in (plain, shown):
+            with contextlib.suppress(FileNotFoundError):
+                path.rmdir()
