@@ -20,6 +20,8 @@ from pathlib import Path
 
 AGENT = Path(__file__).parents[2] / "agent"
 PORT = 49983
+# Mounting is slow while others on the host mount and unmount: the agent itself is up in milliseconds.
+START_PATIENCE = 90
 CONTROL = "control-secret-of-the-tests"
 
 
@@ -41,9 +43,18 @@ ln -s pts/ptmx "$R/dev/ptmx"
 ln -s /proc/self/fd "$R/dev/fd"
 mount -t tmpfs -o mode=1777 tmpfs "$R/tmp"
 mount -t tmpfs -o mode=755 tmpfs "$R/run"
-printf 'root:x:0:0:root:/root:/bin/bash\nuser:x:1000:1000::/home/user:/bin/bash\nother:x:1001:1001::/home/other:/bin/bash\n' > "$R/etc/passwd"
-printf 'root:x:0:\nstaff:x:50:user\nuser:x:1000:\nother:x:1001:\n' > "$R/etc/group"
-rm -rf "$R/home/user" "$R/home/other" "$R/root/.bashrc" "$R/root/.profile" "$R/root/.bash_profile" "$R/etc/profile.d"
+cat > "$R/etc/passwd" <<END
+root:x:0:0:root:/root:/bin/bash
+user:x:1000:1000::/home/user:/bin/bash
+other:x:1001:1001::/home/other:/bin/bash
+END
+cat > "$R/etc/group" <<END
+root:x:0:
+staff:x:50:user
+user:x:1000:
+other:x:1001:
+END
+rm -rf "$R/home/user" "$R/home/other" "$R/root"/.[bp]* "$R/etc/profile.d"
 mkdir -p "$R/home/user" "$R/home/other"
 chown 1000:1000 "$R/home/user"
 chown 1001:1001 "$R/home/other"
@@ -53,7 +64,7 @@ cp "$BINARY" "$R/emberd"
 hostname before
 ip link set lo up
 # No right to set the clock (it is the host's), to trace, or to load modules: as in a container.
-exec setpriv --bounding-set=-sys_time,-sys_ptrace,-sys_module,-sys_boot,-syslog,-sys_rawio \
+exec setpriv --bounding-set=-sys_time,-sys_ptrace,-sys_module,-sys_boot,-syslog,-sys_rawio,-sys_resource \
   chroot "$R" /usr/bin/env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
   EMBERD_CONTROL_HASH="$HASH" /emberd
 """
@@ -78,17 +89,16 @@ def build() -> Path:
 class AgentMachine:
     """One machine; use it as a context manager. `url` is the agent's address seen from the host."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, log_reader_leaves: bool = False) -> None:
 
         tag = secrets.token_hex(3)
         self.netns = f"agt{tag}"
         self._veth = f"agt{tag}h"
-        # 198.18.0.0/15 is set aside for tests of networks (RFC 2544).
-        subnet = int(tag, 16) % (1 << 14) * 4
-        base = (198 << 24) + (18 << 16) + subnet
-        self._host_ip, self.ip = (_dotted(base + 1), _dotted(base + 2))
+        self._host_ip, self.ip = _free_pair()
         self.url = f"http://{self.ip}:{PORT}"
         self._dir = Path(tempfile.mkdtemp(prefix="agent-machine-"))
+        self._log = self._dir.parent / f"{self._dir.name}.log"
+        self._log_reader_leaves = log_reader_leaves
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> AgentMachine:
@@ -106,6 +116,7 @@ class AgentMachine:
         subprocess.run(["ip", "link", "del", self._veth], capture_output=True, check=False)
         subprocess.run(["ip", "netns", "del", self.netns], capture_output=True, check=False)
         shutil.rmtree(self._dir, ignore_errors=True)
+        self._log.unlink(missing_ok=True)
 
     def _start(self) -> None:
         ip = lambda *a: subprocess.run(["ip", *a], check=True, capture_output=True)  # noqa: E731
@@ -115,22 +126,25 @@ class AgentMachine:
         ip("link", "set", self._veth, "up")
         ip("-n", self.netns, "addr", "add", f"{self.ip}/30", "dev", "eth0")
         ip("-n", self.netns, "link", "set", "eth0", "up")
-        with (self._dir.parent / f"{self._dir.name}.log").open("wb") as log:
-            self._log = Path(log.name)
+        with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                ["ip", "netns", "exec", self.netns]
-                + ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"]
-                + ["--propagation", "private", "sh", "-c", _START],
+                [
+                    *("ip", "netns", "exec", self.netns),
+                    *("unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"),
+                    *("--propagation", "private", "sh", "-c", _START),
+                ],
                 env={
                     **os.environ,
                     "DIR": str(self._dir),
                     "BINARY": str(build()),
                     "HASH": hashlib.sha256(CONTROL.encode()).hexdigest(),
                 },
-                stdout=log,
+                stdout=subprocess.PIPE if self._log_reader_leaves else log,
                 stderr=log,
             )
-        deadline = time.monotonic() + 20
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        deadline = time.monotonic() + START_PATIENCE
         while time.monotonic() < deadline:
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=1).close()
@@ -169,5 +183,13 @@ class AgentMachine:
         return int(children[0])
 
 
-def _dotted(n: int) -> str:
-    return ".".join(str(n >> s & 255) for s in (24, 16, 8, 0))
+def _free_pair() -> tuple[str, str]:
+    """Two addresses of an unused /30 of the documentation networks (RFC 5737), which no instance routes."""
+    taken = subprocess.run(["ip", "-4", "-o", "addr"], check=True, capture_output=True, text=True).stdout
+    pairs = [
+        (f"{net}.{n * 4 + 1}", f"{net}.{n * 4 + 2}")
+        for net in ("198.51.100", "203.0.113")
+        for n in range(64)
+        if f" {net}.{n * 4 + 1}/" not in taken
+    ]
+    return secrets.choice(pairs)

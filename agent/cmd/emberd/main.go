@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"syscall"
@@ -34,7 +35,7 @@ import (
 // version is set by the linker.
 var version = "dev"
 
-// controlHash is the one thing the node passes through the environment: the
+// controlHashVar is the one thing the node passes through the environment: the
 // SHA-256, in hex, of the secret that opens the control routes.
 const controlHashVar = "EMBERD_CONTROL_HASH"
 
@@ -58,6 +59,8 @@ func run(address string) error {
 	// early and give back what is over.
 	debug.SetGCPercent(50)
 	debug.SetMemoryLimit(64 << 20)
+	// Set by hand, the runtime does not watch the cgroup for it; more than a few add memory, not speed.
+	runtime.GOMAXPROCS(min(runtime.NumCPU(), 4))
 
 	state := sandbox.New()
 	if hash := os.Getenv(controlHashVar); hash != "" {
@@ -68,6 +71,8 @@ func run(address string) error {
 	if err := host.Protect(); err != nil {
 		return fmt.Errorf("protect the agent: %w", err)
 	}
+	host.SurvivePipes()
+	host.PrepareThreads(12)
 	stop, cancel := untilStopped()
 	defer cancel()
 

@@ -3,6 +3,7 @@ package host
 import (
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -30,32 +31,46 @@ func Collapse() (Collapsed, error) {
 	if err != nil {
 		return r, fmt.Errorf("read own memory map: %w", err)
 	}
-	var from, to uintptr
+	var from, to uint64
 	eligible := false
 	for line := range strings.SplitSeq(string(maps), "\n") {
-		var perms, offset, device string
-		var inode uint64
-		if n, _ := fmt.Sscanf(line, "%x-%x %s %s %s %d", &from, &to, &perms, &offset, &device, &inode); n == 6 {
-			eligible = strings.HasPrefix(perms, "rw") && inode == 0 && !strings.HasSuffix(line, "]")
+		f := strings.Fields(line)
+		if len(f) < 2 {
+			continue
+		}
+		if a, b, ok := bounds(f[0]); ok && len(f) >= 5 {
+			// from-to perms offset device inode [name]
+			from, to = a, b
+			eligible = strings.HasPrefix(f[1], "rw") && f[4] == "0" && !strings.HasSuffix(line, "]")
 			continue
 		}
 		// One line a region tells how much of it is in huge pages already.
-		var huge int64
-		if n, _ := fmt.Sscanf(line, "AnonHugePages: %d kB", &huge); n != 1 || !eligible {
+		if f[0] != "AnonHugePages:" || !eligible {
+			continue
+		}
+		huge, err := strconv.Atoi(f[1])
+		if err != nil {
 			continue
 		}
 		r.Regions++
-		r.collapse((from+hugePage-1)&^(hugePage-1), to, int(huge>>11))
+		r.collapse((from+hugePage-1)&^uint64(hugePage-1), to, huge>>11)
 	}
 	r.ElapsedMs = time.Since(began).Milliseconds()
 	return r, nil
 }
 
-func (r *Collapsed) collapse(from, to uintptr, already int) {
+func bounds(text string) (from, to uint64, ok bool) {
+	a, b, found := strings.Cut(text, "-")
+	from, err1 := strconv.ParseUint(a, 16, 64)
+	to, err2 := strconv.ParseUint(b, 16, 64)
+	return from, to, found && err1 == nil && err2 == nil && from < to
+}
+
+func (r *Collapsed) collapse(from, to uint64, already int) {
 	took := 0
 	for at := from; at+hugePage <= to; at += hugePage {
 		r.Chunks++
-		if _, _, e := unix.Syscall(unix.SYS_MADVISE, at, hugePage, unix.MADV_COLLAPSE); e != 0 {
+		if _, _, e := unix.Syscall(unix.SYS_MADVISE, uintptr(at), hugePage, unix.MADV_COLLAPSE); e != 0 {
 			r.Skipped++
 			continue
 		}

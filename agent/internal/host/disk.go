@@ -13,10 +13,9 @@ const (
 	fithaw   = 0xC0045878
 )
 
-// FreezeDisk flushes the file system of an open directory (the root when fd is
+// FreezeDisk flushes (the kernel does, as part of it) the file system of an open directory (the root when fd is
 // negative) and holds its writers. A frozen one stays frozen without error.
 func FreezeDisk(fd int) error {
-	unix.Sync()
 	if err := diskControl(fd, fifreeze); err != nil && !errors.Is(err, unix.EBUSY) {
 		return fmt.Errorf("freeze the disk: %w", err)
 	}

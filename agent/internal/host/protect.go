@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/signal"
 	"strconv"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -16,8 +17,19 @@ func Protect() error {
 	wipeEnvironment()
 	os.Clearenv()
 	unix.Umask(0o022)
+	if os.Geteuid() == 0 {
+		// prlimit() on a process needs all its ids to be the caller's, or CAP_SYS_RESOURCE. With
+		// a saved gid of its own no caller matches, so root inside cannot set emberd a CPU limit
+		// (whose SIGKILL even PID 1 obeys) or take its descriptors.
+		if err := syscall.Setresgid(0, 0, overflowID); err != nil {
+			return err
+		}
+	}
 	return unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
 }
+
+// overflowID is the kernel's `nobody`, mapped in every user namespace that maps a whole range.
+const overflowID = 65534
 
 // wipeEnvironment zeroes the strings the kernel put on the stack, which
 // /proc/1/environ shows and os.Clearenv leaves.
@@ -45,6 +57,10 @@ func wipeEnvironment() {
 	_, _ = mem.WriteAt(make([]byte, to-from), from)
 }
 
+// SurvivePipes makes a write to a closed stdout an error. Without it the Go
+// runtime ends a program whose log's reader went away: a node that restarts.
+func SurvivePipes() { signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE) }
+
 // IgnoreSignals makes signals from inside the machine harmless. The kernel
 // spares PID 1 those without a handler, but the Go runtime installs handlers
 // and would die of, say, a sent SIGSEGV. They are caught rather than ignored,
@@ -53,7 +69,7 @@ func IgnoreSignals() {
 	sink := make(chan os.Signal, 16)
 	for n := unix.Signal(1); n < 65; n++ {
 		switch n {
-		case unix.SIGKILL, unix.SIGSTOP, unix.SIGCHLD, unix.SIGURG, unix.SIGPROF, unix.SIGPIPE:
+		case unix.SIGKILL, unix.SIGSTOP, unix.SIGCHLD, unix.SIGURG, unix.SIGPROF:
 		default:
 			signal.Notify(sink, n)
 		}

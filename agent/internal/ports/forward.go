@@ -1,9 +1,9 @@
 // Package ports makes what user programs bind to loopback alone reachable at
 // the machine's own address, where the edge calls.
 //
-// How: the kernel's table of listeners is read every pollEvery (measured: some
-// 40 microseconds a look), and for a port that listens on loopback only, the
-// agent listens on the machine's address and splices both ways.
+// How: the kernel is asked for its listeners every pollEvery (see diag; a look
+// costs some tens of microseconds), and for a port that listens on loopback
+// only, the agent listens on the machine's address and splices both ways.
 //
 // The trade-off: while the agent holds `address:port`, a program that wants
 // `0.0.0.0:port` gets "address in use" until the loopback listener is gone and
@@ -24,12 +24,16 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"emberbox/agent/internal/logs"
 )
 
 const (
-	pollEvery   = 250 * time.Millisecond
-	dialTimeout = 5 * time.Second
+	pollEvery = 400 * time.Millisecond
+	// Reading /proc/net costs milliseconds on a big host: where it must do, it is done less often.
+	pollProcEvery = 800 * time.Millisecond
+	dialTimeout   = 5 * time.Second
 )
 
 // Forwarder owns the agent's listeners for user ports.
@@ -37,9 +41,7 @@ type Forwarder struct {
 	log *logs.Log
 	own uint16 // the agent's port, never forwarded
 
-	// Replaced in tests.
-	tables    []string
-	addresses func() []netip.Addr
+	addresses func() []netip.Addr // replaced in tests
 
 	mu   sync.Mutex
 	open map[uint16]*forward
@@ -47,19 +49,25 @@ type Forwarder struct {
 
 // New returns a forwarder that leaves the agent's own port alone.
 func New(own uint16, log *logs.Log) *Forwarder {
-	return &Forwarder{
-		log: log, own: own, open: map[uint16]*forward{},
-		tables: []string{"/proc/net/tcp", "/proc/net/tcp6"}, addresses: machineAddresses,
-	}
+	return &Forwarder{log: log, own: own, open: map[uint16]*forward{}, addresses: machineAddresses}
 }
 
 // Run forwards until the context ends.
 func (f *Forwarder) Run(ctx context.Context) {
-	tick := time.NewTicker(pollEvery)
+	list, every := listProc, pollProcEvery
+	if d, err := openDiag(); err == nil {
+		defer d.close()
+		if _, err := d.listeners(unix.AF_INET); err == nil {
+			list, every = d.list, pollEvery
+		}
+	}
+	tick := time.NewTicker(every)
 	defer tick.Stop()
 	defer f.update(nil)
 	for {
-		f.look()
+		if found, err := list(); err == nil {
+			f.look(found)
+		}
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
@@ -69,24 +77,18 @@ func (f *Forwarder) Run(ctx context.Context) {
 }
 
 // look brings the forwards in line with what listens now.
-func (f *Forwarder) look() {
+func (f *Forwarder) look(found []netip.AddrPort) {
 	loopback := map[uint16]netip.AddrPort{}
 	elsewhere := map[uint16]bool{}
-	for _, table := range f.tables {
-		found, err := listeners(table)
-		if err != nil {
-			continue // a machine without IPv6 has no tcp6
+	for _, at := range found {
+		if !at.Addr().IsLoopback() {
+			if !f.isOurs(at) {
+				elsewhere[at.Port()] = true
+			}
+			continue
 		}
-		for _, at := range found {
-			if !at.Addr().IsLoopback() {
-				if !f.isOurs(at) {
-					elsewhere[at.Port()] = true
-				}
-				continue
-			}
-			if known, ok := loopback[at.Port()]; !ok || known.Addr().Is6() {
-				loopback[at.Port()] = at
-			}
+		if known, ok := loopback[at.Port()]; !ok || known.Addr().Is6() {
+			loopback[at.Port()] = at
 		}
 	}
 	delete(loopback, f.own)

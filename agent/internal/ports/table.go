@@ -9,11 +9,23 @@ import (
 	"strings"
 )
 
-// listeners returns the listening TCP sockets of a /proc/net/tcp or tcp6 table.
-//
-// The kernel lists listeners before connections, so reading stops at the first
-// other line: the cost does not grow with the number of connections.
-func listeners(path string) ([]netip.AddrPort, error) {
+// listProc returns the listening TCP sockets that /proc/net shows, for kernels
+// without NETLINK_SOCK_DIAG (gVisor).
+func listProc() ([]netip.AddrPort, error) {
+	found, err := readTable("/proc/net/tcp")
+	if err != nil {
+		return nil, err
+	}
+	six, err := readTable("/proc/net/tcp6")
+	if err != nil {
+		return found, nil // a machine without IPv6 has no tcp6
+	}
+	return append(found, six...), nil
+}
+
+// readTable reads one table. The kernel lists listeners before connections, so
+// reading stops at the first other line.
+func readTable(path string) ([]netip.AddrPort, error) {
 	file, err := os.Open(path)
 	if err != nil {
 		return nil, err

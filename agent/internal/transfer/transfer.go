@@ -16,7 +16,17 @@ import (
 
 // Move copies from to to and removes from. The copy is made under another name
 // beside to and renamed when it is whole, so that a failure leaves both as they were.
+//
+// Kernel file systems are refused: their "files" are views of the kernel, and
+// /proc/self would be the agent.
 func Move(from, to string) error {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(filepath.Dir(from), &fs); err != nil {
+		return err
+	}
+	if fs.Type == unix.PROC_SUPER_MAGIC || fs.Type == unix.SYSFS_MAGIC {
+		return &os.PathError{Op: "move", Path: from, Err: unix.EACCES}
+	}
 	part := filepath.Join(filepath.Dir(to), ".moving-"+rand.Text())
 	if err := copyTree(from, part); err != nil {
 		_ = os.RemoveAll(part)

@@ -8,13 +8,13 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
 from e2b import FileNotFoundException, FileType, Sandbox
 from e2b.exceptions import AuthenticationException, InvalidArgumentException, NotEnoughSpaceException, SandboxException
 from e2b.sandbox.filesystem.watch_handle import FilesystemEventType
 from e2b.sandbox.signature import get_signature
-from urllib.parse import urlencode
 
 from tests.support.agent import AgentMachine
 

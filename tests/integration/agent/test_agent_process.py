@@ -33,7 +33,10 @@ def _until(happens, seconds=10):  # type: ignore[no-untyped-def]
 
 def _rpc(machine: AgentMachine, method: str, body: dict, headers: dict | None = None) -> tuple[int, dict]:
     status, answer = machine.call(
-        "POST", f"/process.Process/{method}", json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})}
+        "POST",
+        f"/process.Process/{method}",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json", **(headers or {})},
     )
     return status, json.loads(answer)
 
@@ -181,7 +184,11 @@ def test_a_missing_program_is_an_invalid_argument(machine: AgentMachine) -> None
 def test_list_shows_what_runs_with_its_tag(machine: AgentMachine, sandbox: Sandbox) -> None:
     thread = threading.Thread(
         target=_stream,
-        args=(machine, "Start", {"process": {"cmd": "sleep", "args": ["4545"], "envs": {"K": "V"}, "cwd": "/tmp"}, "tag": "tagged"}),
+        args=(
+            machine,
+            "Start",
+            {"process": {"cmd": "sleep", "args": ["4545"], "envs": {"K": "V"}, "cwd": "/tmp"}, "tag": "tagged"},
+        ),
     )
     thread.start()
 
@@ -225,7 +232,9 @@ def _stream(machine: AgentMachine, method: str, body: dict, headers: dict | None
 def test_output_arrives_whole_byte_for_byte(machine: AgentMachine) -> None:
     script = "import sys; sys.stdout.buffer.write(bytes(range(256)) * 20000)"
 
-    events = _stream(machine, "Start", {"process": {"cmd": "/usr/bin/env", "args": ["python3", "-c", script]}, "stdin": False})
+    events = _stream(
+        machine, "Start", {"process": {"cmd": "/usr/bin/env", "args": ["python3", "-c", script]}, "stdin": False}
+    )
 
     out = b"".join(base64.b64decode(e["event"]["data"]["stdout"]) for e in events if "data" in e.get("event", {}))
     assert out == bytes(range(256)) * 20000

@@ -56,10 +56,25 @@ def test_root_inside_cannot_see_the_agents_memory_or_environment(machine: AgentM
     assert sandbox.commands.run("tr -d '\\0' < /proc/1/environ", user="root").stdout == ""
 
 
+def test_root_inside_cannot_limit_the_agent(sandbox: Sandbox) -> None:
+    with pytest.raises(CommandExitException):
+        sandbox.commands.run("prlimit --pid 1 --cpu=1:1", user="root")
+    with pytest.raises(CommandExitException):
+        sandbox.commands.run("prlimit --pid 1 --nofile=3:3", user="root")
+
+
+def test_kernel_files_cannot_be_moved_out(sandbox: Sandbox) -> None:
+    with pytest.raises(SandboxException):
+        sandbox.files.rename("/proc/self/maps", "/tmp/maps", user="root")
+    assert not sandbox.files.exists("/tmp/maps")
+
+
 @pytest.mark.parametrize(
     "path",
-    ["/proc/self/mem", "/proc/self/environ", "/proc/thread-self/mem", "/proc/1/environ", "/proc/1/maps"]
-    + ["/proc/self/fd/1", "/proc/self/root/etc/passwd", "/proc/1/task/1/environ", "/proc/self/cwd/etc/passwd"],
+    [
+        *("/proc/self/mem", "/proc/self/environ", "/proc/thread-self/mem", "/proc/1/environ", "/proc/1/maps"),
+        *("/proc/self/fd/1", "/proc/self/root/etc/passwd", "/proc/1/task/1/environ", "/proc/self/cwd/etc/passwd"),
+    ],
 )
 @pytest.mark.parametrize("user", ["root", "user"])
 def test_the_file_routes_do_not_show_the_agent_itself(sandbox: Sandbox, path: str, user: str) -> None:
@@ -124,7 +139,9 @@ def test_orphans_are_reaped(sandbox: Sandbox) -> None:
 
 
 def test_processes_start_without_capabilities_and_with_default_signals(sandbox: Sandbox) -> None:
-    status = sandbox.commands.run("grep -E 'CapEff|CapPrm|SigIgn|Umask' /proc/self/status; ls /proc/self/fd | wc -l").stdout
+    status = sandbox.commands.run(
+        "grep -E 'CapEff|CapPrm|SigIgn|Umask' /proc/self/status; ls /proc/self/fd | wc -l"
+    ).stdout
     fields = dict(line.split(":\t") for line in status.splitlines() if ":\t" in line)
 
     assert int(fields["CapEff"], 16) == 0
@@ -155,7 +172,12 @@ def test_init_may_come_again_and_again(fresh_machine: AgentMachine, connect: Cal
 
     assert machine.call("GET", "/envs")[0] == 401
     sandbox = connect(machine, "token")
-    out = sandbox.commands.run("id -un; pwd; hostname; cat /etc/machine-id /run/e2b/.E2B_SANDBOX_ID; echo; echo $A $E2B_SANDBOX_ID $E2B_TEMPLATE_ID $E2B_EVENTS_ADDRESS; getent hosts events.e2b.local; grep -c renamed /etc/hosts").stdout
+    script = """
+        id -un; pwd; hostname; cat /etc/machine-id /run/e2b/.E2B_SANDBOX_ID; echo
+        echo $A $E2B_SANDBOX_ID $E2B_TEMPLATE_ID $E2B_EVENTS_ADDRESS
+        getent hosts events.e2b.local; grep -c renamed /etc/hosts
+    """
+    out = sandbox.commands.run(script).stdout
     assert out.splitlines() == [
         "other", "/tmp", "renamed", "0123456789abcdef0123456789abcdef", "sbx1",
         "1 sbx1 tpl1 http://192.0.2.1", "192.0.2.1       events.e2b.local", "1",
@@ -169,17 +191,24 @@ def test_init_may_come_again_and_again(fresh_machine: AgentMachine, connect: Cal
 
 
 def test_a_bad_init_is_refused_with_a_reason(machine: AgentMachine) -> None:
-    for body in (b"{", b'{"hostname": "a b"}', b'{"machineId": "x"}', b'{"entropy": "%"}', b'{"hyperloopIP": "x"}',
-                 b'{"caBundle": "x"}', b'{"controlHash": "x"}', b'{"defaultWorkdir": "x"}', b'{"volumeMounts": [{"path": "x"}]}'):  # fmt: skip
+    for body in (
+        *(b"{", b'{"hostname": "a b"}', b'{"machineId": "x"}', b'{"entropy": "%"}', b'{"hyperloopIP": "x"}'),
+        *(b'{"caBundle": "x"}', b'{"controlHash": "x"}', b'{"defaultWorkdir": "x"}'),
+        b'{"volumeMounts": [{"path": "x"}]}',
+    ):
         status, answer = machine.control("POST", "/init", body)
         assert status == 400, body
         assert json.loads(answer)["message"]
 
 
-def test_a_ca_is_trusted_after_init(fresh_machine: AgentMachine, connect: Callable[..., Sandbox], tmp_path: Path) -> None:
+def test_a_ca_is_trusted_after_init(
+    fresh_machine: AgentMachine, connect: Callable[..., Sandbox], tmp_path: Path
+) -> None:
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=test-ca", "-days", "2"]
-        + ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "ca.pem")],
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=test-ca", "-days", "2"),
+            *("-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "ca.pem")),
+        ],
         check=True,
         capture_output=True,
     )
@@ -192,6 +221,23 @@ def test_a_ca_is_trusted_after_init(fresh_machine: AgentMachine, connect: Callab
     sandbox.files.write("/tmp/ca.pem", (tmp_path / "ca.pem").read_text())
     verify = "openssl verify -CAfile /etc/ssl/certs/ca-certificates.crt /tmp/ca.pem"
     assert "OK" in sandbox.commands.run(verify).stdout
+
+
+def test_the_node_may_freeze_and_collapse(machine: AgentMachine) -> None:
+    assert machine.control("POST", "/freeze") == (204, b"")
+    assert json.loads(machine.control("POST", "/freeze?maxWaitMs=100")[1])["failed"] == 0
+    assert machine.control("POST", "/unfreeze") == (204, b"")
+    status, answer = machine.control("POST", "/collapse")
+    assert (status, "collapsed" in json.loads(answer)) == (200, True)
+    # Only a microVM has a disk of its own to freeze; a container's overlay cannot.
+    assert machine.control("POST", "/fsfreeze")[0] == 500
+    assert machine.control("POST", "/freeze?maxWaitMs=x")[0] == 400
+
+
+def test_the_agent_outlives_the_reader_of_its_log() -> None:
+    with AgentMachine(log_reader_leaves=True) as machine:
+        for _ in range(50):
+            assert machine.control("POST", "/init", b"{}")[0] == 204
 
 
 def test_the_control_secret_can_be_replaced(fresh_machine: AgentMachine) -> None:
@@ -243,7 +289,9 @@ def _answers(machine: AgentMachine, port: int) -> bytes:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_a_port_on_loopback_alone_is_reachable_within_a_second(machine: AgentMachine, sandbox: Sandbox, address: str) -> None:
+def test_a_port_on_loopback_alone_is_reachable_within_a_second(
+    machine: AgentMachine, sandbox: Sandbox, address: str
+) -> None:
     family = "AF_INET6" if ":" in address else "AF_INET"
     port = 8123 if ":" in address else 8124
     server = f"""
