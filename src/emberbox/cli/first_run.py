@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import httpx
+from sqlalchemy import make_url
 
 from emberbox.cli import launch
 from emberbox.cli.errors import CliError
@@ -48,6 +49,7 @@ def _control(settings: Settings, *arguments: str) -> dict[str, Any]:
         [sys.executable, "-P", *arguments],
         writable=[settings.api_dir, settings.run_dir],
     )
+    store = make_url(settings.store_url).render_as_string(hide_password=True)
     seconds = CONTROL_SECONDS * settings.time_scale
     try:
         done = subprocess.run(
@@ -59,10 +61,10 @@ def _control(settings: Settings, *arguments: str) -> dict[str, Any]:
             timeout=seconds,
         )
     except subprocess.TimeoutExpired:
-        raise CliError(f"preparing the database {settings.store_url} took longer than {seconds:.0f} s") from None
+        raise CliError(f"preparing the database {store} took longer than {seconds:.0f} s") from None
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"code {done.returncode}"]
-        raise CliError(f"the database {settings.store_url} could not be prepared: {last[0]}")
+        raise CliError(f"the database {store} could not be prepared: {last[0]}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
