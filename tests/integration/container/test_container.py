@@ -266,7 +266,7 @@ async def test_what_a_machine_wrote_becomes_a_layer_of_others(world: World, tmp_
         layer = await store.pack(folder)
     other = await world.machine(layers=(*world.layers, layer.digest))
     output = await other.run(
-        "stat -c '%U %a' /code/made; cat /code/made; ls /etc/issue; ls /usr/share/perl5; ls /usr/share/moved/bash_completion;"
+        "stat -c '%U %a' /code/made; cat /code/made; ls /etc/issue; ls /usr/share/perl5; ls -d /usr/share/moved/completions;"
         "ls -d /usr/share/bash-completion; touch /usr/share/moved/x && echo writable"
     )
 
@@ -275,7 +275,7 @@ async def test_what_a_machine_wrote_becomes_a_layer_of_others(world: World, tmp_
         "new",
         "ls: cannot access '/etc/issue': No such file or directory",
         "only",
-        "/usr/share/moved/bash_completion",
+        "/usr/share/moved/completions",
         "ls: cannot access '/usr/share/bash-completion': No such file or directory",
         "writable",
     ]
