@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import gc
 import grp
 import os
 import pwd
@@ -29,6 +31,7 @@ from emberbox.wire import node_pb2_grpc
 log = structlog.get_logger("emberbox.node")
 
 _STOP_SECONDS = 5.0
+_M_ARENA_MAX = -8  # malloc.h
 _MESSAGE_BYTES = 64 * 1024 * 1024
 """A `State` with every machine of a large node is bigger than gRPC's usual 4 MiB."""
 
@@ -41,6 +44,7 @@ async def serve(settings: Settings) -> None:
     """
     if os.geteuid() != 0:
         raise BadValue("the node needs root: it makes namespaces, mounts and cgroups")
+    _keep_memory_small()
     os.umask(0o022)  # the api passes through `data_dir` to the socket; what is private has its own mode
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -66,9 +70,23 @@ async def serve(settings: Settings) -> None:
         await server.start()
         stack.push_async_callback(server.stop, _STOP_SECONDS)
         open_socket_to_group(settings)
+        gc.collect()
+        _trim_memory()
         log.info("node.listening", target=settings.node_target)
         await stopping.wait()
         node.events.close()
+
+
+def _keep_memory_small() -> None:
+    """One heap for two threads: glibc's default of one a thread keeps megabytes that nobody uses."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
+
+
+def _trim_memory() -> None:
+    """Give back what imports and adoption needed only once."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def listen(server: grpc.aio.Server, settings: Settings) -> None:
