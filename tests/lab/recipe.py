@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from emberbox.images.layers import link_or_copy
 from emberbox.runtime.firecracker import initramfs, kernel
 from tests.support import firecracker as parts
 
@@ -216,8 +217,7 @@ def _install_tree(files: list[Path], root: Path, cache: Path) -> None:
         shutil.copy2(TREE / path, target, follow_symlinks=False)
     _install_file(root, "usr/lib/emberbox-lab/install", _read("install.sh"), 0o755)
     _install_file(root, "usr/lib/emberbox-lab/environment", _read("environment.sh"), 0o644)
-    images = cache / "images"
-    images.mkdir(exist_ok=True)
+    images = _images(cache)
     given = {"images": images, "firecracker": parts.pair().firecracker.parent}
     with _chroot_mounts(root, given):
         _run(
@@ -246,6 +246,17 @@ def _files_digest(files: list[Path]) -> str:
         digest.update(str(path).encode() + b"\0" + hashlib.sha256((TREE / path).read_bytes()).digest())
         digest.update(b"x" if os.access(TREE / path, os.X_OK) else b"-")
     return digest.hexdigest()
+
+
+def _images(cache: Path) -> Path:
+    """The lab's cache of base layers, with what Emberbox has built on this machine before."""
+    images = cache / "images"
+    images.mkdir(exist_ok=True)
+    own = Path("/var/cache/emberbox")
+    for path in own.glob("*.*") if own.is_dir() else ():
+        if not (images / path.name).exists():
+            link_or_copy(path, images / path.name)
+    return images
 
 
 def _registry_environment() -> dict[str, str]:
@@ -339,7 +350,7 @@ def _overlay(lowers: list[Path], work: Path) -> Iterator[Path]:
     try:
         yield merged
     finally:
-        _run("umount", str(merged))
+        _run("umount", "-R", "-l", str(merged))
 
 
 @contextlib.contextmanager

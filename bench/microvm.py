@@ -1,0 +1,305 @@
+"""Firecracker sandboxes against a bare Firecracker that loads the same memory: ratios, which hold in the lab too.
+
+The floor is what nobody can avoid: spawn Firecracker in a prepared namespace, load the template's memory, and wait for
+the agent's first answer; no jailer, no API, no database. Run it as root on the host of the running Emberbox. Ratios say
+what a KVM host would show; milliseconds are the lab's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Interface
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, Result, Row, main, percentile
+
+from emberbox.linux import netns, taps
+from emberbox.linux.netlink import Netlink
+from emberbox.runtime import sparse
+from emberbox.runtime.firecracker import snapshots
+from emberbox.runtime.firecracker.process import ProcessId, end_and_wait, identify
+from emberbox.settings import Settings
+
+NAME = "ebfloor"
+HOST, MACHINE = IPv4Address("198.19.255.253"), IPv4Address("198.19.255.254")
+AGENT_PORT = 49983
+GIVE_UP_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Template:
+    """A template's saved memory on the node, and the layers under it."""
+
+    directory: Path
+    layers: tuple[Path, ...]
+
+
+class Unix(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=GIVE_UP_SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        import socket
+
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(str(self._path))
+
+
+class Api:
+    """Plain requests to the control plane: the client's own time is not measured."""
+
+    def __init__(self, url: str, key: str) -> None:
+        host = url.removeprefix("http://")
+        self._connection = http.client.HTTPConnection(host, timeout=GIVE_UP_SECONDS)
+        self._key = key
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        headers = {"X-API-Key": self._key, "Content-Type": "application/json"}
+        self._connection.request(method, path, None if body is None else json.dumps(body), headers)
+        answer = self._connection.getresponse()
+        content = answer.read()
+        if answer.status >= 400:
+            raise RuntimeError(f"{method} {path}: {answer.status} {content.decode()}")
+        return json.loads(content) if content else None
+
+
+@contextlib.contextmanager
+def bare_namespace() -> Iterator[None]:
+    """What a slot is, without its firewall: made before the clock starts, as slots are."""
+
+    def connect() -> None:
+        with Netlink() as netlink:
+            netlink.add_address("eth0", IPv4Interface(f"{MACHINE}/30"))
+            netlink.set_up("eth0")
+            netlink.add_default_route(HOST)
+        taps.add(MACHINE, HOST)
+
+    netns.create(NAME, lambda: None)
+    try:
+        with netns.opened(NAME) as namespace, Netlink() as netlink:
+            netlink.add_veth(NAME, "eth0", namespace)
+            netlink.add_address(NAME, IPv4Interface(f"{HOST}/30"))
+            netlink.set_up(NAME)
+        netns.run_in(NAME, connect)
+        yield
+    finally:
+        with Netlink() as netlink:
+            netlink.delete(NAME)
+        netns.delete(NAME)
+
+
+def bare_restore(template: Template, firecracker: Path, work: Path) -> tuple[dict[str, float], ProcessId, Path]:
+    """Lay the files out, then measure spawn, load and the first answer of the agent."""
+    root = work / "root"
+    root.mkdir(parents=True)
+    manifest = snapshots.read_manifest(template.directory)
+    os.link(template.directory / manifest.pieces[0].name, root / "memory")
+    os.link(template.directory / snapshots.STATE, root / "state")
+    for number, layer in enumerate(template.layers):
+        os.link(layer, root / f"layer{number}")
+    sparse.clone(template.directory / snapshots.UPPER, root / "upper")
+    (root / "firecracker").write_bytes(firecracker.read_bytes())
+    (root / "firecracker").chmod(0o755)
+    (root / "dev").mkdir()
+    (root / "dev" / "net").mkdir()
+    for name, device in (("kvm", os.stat("/dev/kvm")), ("net/tun", os.stat("/dev/net/tun"))):
+        os.mknod(root / "dev" / name, device.st_mode, device.st_rdev)
+    os.mknod(root / "dev" / "urandom", os.stat("/dev/urandom").st_mode, os.stat("/dev/urandom").st_rdev)
+    with netns.opened(NAME) as namespace:
+        began = time.perf_counter()
+        child = subprocess.Popen(
+            ["/firecracker", "--api-sock", "/api.sock", "--level", "Error"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: _enter(namespace, root),
+        )
+    socket = root / "api.sock"
+    _until(lambda: _put(socket, "GET", "/", None))
+    spawned = time.perf_counter()
+    body = {
+        "snapshot_path": "/state",
+        "mem_backend": {"backend_type": "File", "backend_path": "/memory"},
+        "enable_diff_snapshots": True,
+        "resume_vm": True,
+    }
+    _put(socket, "PUT", "/snapshot/load", body)
+    loaded = time.perf_counter()
+    _until(_agent_answers)
+    answered = time.perf_counter()
+    identity = identify(child.pid)
+    assert identity is not None
+    times = {"spawn": spawned - began, "load": loaded - spawned, "whole": answered - began}
+    return times, identity, socket
+
+
+def bare_pause(socket: Path, root: Path) -> float:
+    """Pause and write a diff."""
+    began = time.perf_counter()
+    _put(socket, "PATCH", "/vm", {"state": "Paused"})
+    _put(
+        socket,
+        "PUT",
+        "/snapshot/create",
+        {"snapshot_type": "Diff", "snapshot_path": "/state.new", "mem_file_path": "/memory.new"},
+    )
+    return time.perf_counter() - began
+
+
+def bare_resume(socket: Path) -> float:
+    """Go on after `bare_pause`, until the agent answers: what a claim from the pool cannot avoid."""
+    began = time.perf_counter()
+    _put(socket, "PATCH", "/vm", {"state": "Resumed"})
+    _until(_agent_answers)
+    return time.perf_counter() - began
+
+
+def _enter(namespace: int, root: Path) -> None:
+    os.setns(namespace, os.CLONE_NEWNET)
+    os.chroot(root)
+    os.chdir("/")
+
+
+def _put(socket: Path, method: str, path: str, body: Any) -> bool:
+    connection = Unix(socket)
+    try:
+        connection.request(method, path, None if body is None else json.dumps(body))
+        answer = connection.getresponse()
+        content = answer.read()
+        if answer.status >= 400:
+            raise RuntimeError(f"{method} {path}: {answer.status} {content.decode()}")
+    finally:
+        connection.close()
+    return True
+
+
+def _agent_answers() -> bool:
+    connection = http.client.HTTPConnection(str(MACHINE), AGENT_PORT, timeout=1)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status < 500
+    finally:
+        connection.close()
+
+
+def _until(check: Callable[[], bool]) -> None:
+    end = time.monotonic() + GIVE_UP_SECONDS
+    while True:
+        try:
+            if check():
+                return
+        except OSError:
+            pass
+        if time.monotonic() > end:
+            raise TimeoutError(f"no answer within {GIVE_UP_SECONDS:g} s")
+        time.sleep(0.002)
+
+
+def floor(template: Template, firecracker: Path, work: Path, runs: int) -> dict[str, list[float]]:
+    """Bare figures, in seconds, of `runs` machines one after the other."""
+    found: dict[str, list[float]] = {"spawn": [], "load": [], "whole": [], "pause": [], "resume": []}
+    for number in range(runs):
+        place = work / f"floor{number}"
+        with bare_namespace():
+            times, identity, socket = bare_restore(template, firecracker, place)
+            times["pause"] = bare_pause(socket, place / "root")
+            times["resume"] = bare_resume(socket)
+            end_and_wait(identity, GIVE_UP_SECONDS)
+        subprocess.run(["rm", "-rf", str(place)], check=True)
+        for name, value in times.items():
+            found[name].append(value)
+    return found
+
+
+def ours(api: Api, runs: int, rest: float) -> dict[str, list[float]]:
+    """The same through Emberbox's API. `rest` seconds between creates let the pool fill again."""
+    found: dict[str, list[float]] = {"create": [], "pause": [], "resume": []}
+    for _ in range(runs):
+        time.sleep(rest)
+        began = time.perf_counter()
+        sandbox = api.ask("POST", "/sandboxes", {"templateID": "base", "timeout": 3600})["sandboxID"]
+        found["create"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        api.ask("POST", f"/sandboxes/{sandbox}/pause")
+        found["pause"].append(time.perf_counter() - began)
+        time.sleep(rest / 2)
+        began = time.perf_counter()
+        api.ask("POST", f"/sandboxes/{sandbox}/connect", {"timeout": 3600})
+        found["resume"].append(time.perf_counter() - began)
+        api.ask("DELETE", f"/sandboxes/{sandbox}")
+    return found
+
+
+def measure(args: argparse.Namespace) -> Result:
+    settings = Settings()
+    printed = subprocess.run(
+        [str(ROOT / ".venv/bin/python"), "-m", "emberbox", "env", "--json"], capture_output=True, text=True, check=True
+    )
+    variables = json.loads(printed.stdout)
+    api = Api(variables["E2B_API_URL"], variables["E2B_API_KEY"])
+    ours(api, 1, rest=args.rest)  # makes the template's memory when there is none, and warms every cache
+    template = _template(settings)
+    work = settings.node_dir / "bench"
+    firecracker = settings.firecracker or settings.node_dir / "firecracker" / "firecracker"
+    try:
+        bare = floor(template, firecracker, work, args.runs)
+    finally:
+        subprocess.run(["rm", "-rf", str(work)], check=True)
+    through = ours(api, args.runs, rest=args.rest)
+    bare["bare pause"], bare["bare resume"] = bare.pop("pause"), bare.pop("resume")
+    middle = {name: percentile(values, 0.5) for name, values in {**bare, **through}.items()}
+    pooled = args.rest > 0
+    details: dict[str, float | int | str] = {name: f"{value * 1000:.0f} ms" for name, value in middle.items()}
+    return Result(
+        f"Firecracker sandboxes against a bare restore ({'from the pool' if pooled else 'pool empty'})",
+        [
+            Row(
+                "create / bare restore",
+                middle["create"] / middle["whole"],
+                "x",
+                0.75 if pooled else 1.4,
+                details=details,
+            ),
+            Row("resume / bare restore", middle["resume"] / middle["whole"], "x", 1.4),
+            Row("pause / bare pause with diff", middle["pause"] / middle["bare pause"], "x", 1.5),
+        ],
+    )
+
+
+def _template(settings: Settings) -> Template:
+    """The newest memory of a template on this node."""
+    found = sorted(settings.node_dir.glob("memories/*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise RuntimeError("no template has its memory saved on this node; does it run the firecracker runtime?")
+    directory = found[-1].parent
+    layers = sorted((settings.node_dir / "layers").glob("*.erofs"), key=lambda path: path.stat().st_mtime)
+    count = snapshots.read_manifest(directory).layers
+    if count != len(layers):
+        raise RuntimeError(f"the template has {count} layers and the node {len(layers)}: cannot tell which are its own")
+    return Template(directory, tuple(layers))
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs", type=int, default=8, help="machines measured each way (default: %(default)s)")
+    parser.add_argument(
+        "--rest",
+        type=float,
+        default=0.0,
+        help="seconds between creates, in which the pool fills; 0 with EMBERBOX_WARM_MAX=0 measures plain restores",
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(measure, options=options))
