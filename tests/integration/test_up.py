@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import pwd
 import re
+import select
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -210,6 +213,37 @@ def test_killing_an_unknown_sandbox_says_so(running: Instance) -> None:
 
     assert done.returncode == 1
     assert "not found" in done.stderr
+
+
+def test_a_shell_runs_on_a_terminal_and_its_exit_code_comes_back(running: Instance) -> None:
+    sandbox_id = running.create()
+    arguments = [sys.executable, "-m", "emberbox", "sandbox", "shell", sandbox_id, "--data", str(running.data)]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, arguments)
+
+    os.write(terminal, b"echo $((40 + 2))-$(whoami)\n")
+    seen = read_until(terminal, b"42-user")
+    os.write(terminal, b"exit 7\n")
+    read_until(terminal, None)
+
+    assert b"42-user" in seen
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+def read_until(terminal: int, word: bytes | None) -> bytes:
+    """Read until `word` has come, or, without one, until the terminal is closed."""
+    seen = b""
+    end = time.monotonic() + 60
+    while word is None or word not in seen:
+        assert time.monotonic() < end, seen
+        if select.select([terminal], [], [], 0.2)[0]:
+            try:
+                data = os.read(terminal, 4096)
+            except OSError:  # EIO: nobody holds the other end any more
+                break
+            seen += data
+    return seen
 
 
 def test_down_with_keep_leaves_sandboxes_for_the_next_up(running: Instance) -> None:
