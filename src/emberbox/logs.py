@@ -36,7 +36,10 @@ def configure_logging(role: str, settings: Settings) -> None:
     ]
     exceptions: list[structlog.typing.Processor] = [] if text else [structlog.processors.format_exc_info]
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if text else structlog.processors.JSONRenderer()
+        # Plain tracebacks: the rich ones print every local variable, secrets among them, and take seconds.
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+        if text
+        else structlog.processors.JSONRenderer()
     )
 
     structlog.configure(

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from emberbox.api.app import create_app
 from emberbox.control.bootstrap import Bootstrapped, bootstrap, create_key
 from emberbox.control.service import ControlPlane
+from emberbox.logs import configure_logging
 from emberbox.settings import Settings
 from emberbox.store import teams as team_rows
 from emberbox.store.records import TeamRecord
@@ -25,6 +26,9 @@ from tests.support.fake_node import FakeNode
 
 ADMIN_TOKEN = "the-admin"
 EDGE_SECRET = "the-edge-secret"
+
+
+configure_logging("test", Settings(log_format="json"))
 
 
 @dataclass

@@ -20,10 +20,15 @@ def at_or_none(milliseconds: int | None) -> datetime | None:
     return at(milliseconds) if milliseconds is not None else None
 
 
-def _no_nul(text: str) -> str:
-    # PostgreSQL cannot store it, and no name or value of use contains it.
+def _storable(text: str) -> str:
+    # PostgreSQL cannot store a NUL, and nothing can encode half a surrogate pair.
     if "\0" in text:
         raise ValueError("must not contain a NUL character")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("must be valid Unicode") from None
     return text
 
 
@@ -31,7 +36,7 @@ def _with_slashes(text: str) -> str:
     return text.replace(SLASH, "/")
 
 
-Text = Annotated[str, AfterValidator(_no_nul)]
+Text = Annotated[str, AfterValidator(_storable)]
 StringMap = dict[Text, Text]
 
 UnixSeconds = Annotated[int, Field(ge=0, le=99_999_999_999)]

@@ -25,6 +25,10 @@ class RateLimits:
         self._clock = clock
         self._buckets: dict[str, _Bucket] = {}
 
+    def forget(self) -> None:
+        """Fill every bucket."""
+        self._buckets.clear()
+
     def take(self, team: TeamRecord) -> None:
         """Count one request.
 

@@ -216,6 +216,18 @@ class Nodes:
             raise errors.NodeFull("every node is draining and takes no new sandboxes")
         return min(takers, key=_running)
 
+    def holding(self, node_id: str) -> Node:
+        """The node that holds what a new sandbox starts from.
+
+        Raises:
+            NodeUnavailable: it is not up.
+            NodeFull: it is draining.
+        """
+        node = self.get(node_id)
+        if node_id in self.draining:
+            raise errors.NodeFull(f"node {node_id!r} is draining and takes no new sandboxes")
+        return node
+
     def get(self, node_id: str) -> Node:
         """
         Raises:

@@ -262,7 +262,7 @@ class Sandboxes:
 
     def _place(self, build: BuildRecord) -> Node:
         # A snapshot lies on one node; layers of a build lie where it was built.
-        return self._plane.nodes.get(build.node_id) if build.node_id else self._plane.nodes.place()
+        return self._plane.nodes.holding(build.node_id) if build.node_id else self._plane.nodes.place()
 
     def _new_record(
         self,

@@ -1,0 +1,239 @@
+"""Restarts and breaks: what was going on is finished or undone by comparing with the node."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+
+from emberbox.store.engine import Store
+from emberbox.store.tables import sandboxes
+from emberbox.wire import node_pb2 as pb
+from tests.support.control import World, eventually, made_world
+
+
+@pytest.fixture
+async def restarted() -> AsyncIterator[World]:
+    """A world whose api has run once (so `base` is there) and is stopped."""
+    async with made_world() as world:
+        async with world.serving():
+            await world.ready()
+        yield world
+
+
+async def left_as(world: World, sandbox_id: str, state: str, **columns: Any) -> None:
+    """Put a row in the state in which a process that was killed leaves it."""
+    store = Store(world.settings.store_url)
+    async with store.write() as connection:
+        await connection.execute(
+            update(sandboxes)
+            .where(sandboxes.c.id == sandbox_id)
+            .values(state=state, worker=str(uuid.uuid4()), **columns)
+        )
+    await store.close()
+
+
+async def created(world: World, **body: Any) -> str:
+    async with world.serving():
+        await world.ready()
+        sandbox_id: str = (await world.create(**body))["sandboxID"]
+    return sandbox_id
+
+
+async def settles(world: World, sandbox_id: str, state: str) -> None:
+    async def is_it() -> bool:
+        return await world.state_of(sandbox_id) == state
+
+    await eventually(is_it)
+
+
+async def test_a_running_sandbox_survives_a_restart_of_the_api(restarted: World) -> None:
+    sandbox_id = await created(restarted)
+    restarted.edge.routes.clear()
+
+    async with restarted.serving():
+        await eventually(lambda: sandbox_id in restarted.edge.routes)
+        await restarted.ready()
+        answer = await restarted.client.get(f"/sandboxes/{sandbox_id}")
+
+    assert answer.json()["state"] == "running"
+    assert len(restarted.node.builds) == 1
+
+
+async def test_an_interrupted_create_is_undone_and_its_key_is_free(restarted: World) -> None:
+    async with restarted.serving():
+        await restarted.ready()
+        answer = await restarted.client.post(
+            "/v2/sandboxes", json={"templateID": "base"}, headers={"Idempotency-Key": "one"}
+        )
+        sandbox_id = answer.json()["sandboxID"]
+    await left_as(restarted, sandbox_id, "creating")
+
+    async with restarted.serving():
+        await settles(restarted, sandbox_id, "ended")
+        again = await restarted.client.post(
+            "/v2/sandboxes", json={"templateID": "base"}, headers={"Idempotency-Key": "one"}
+        )
+
+    assert sandbox_id not in restarted.node.machines
+    assert again.status_code == 201
+    assert again.json()["sandboxID"] != sandbox_id
+
+
+@pytest.mark.parametrize("state", ["pausing", "resuming"])
+@pytest.mark.parametrize("machine", ["running", "paused", "gone"])
+async def test_an_interrupted_transition_ends_where_the_node_says(restarted: World, state: str, machine: str) -> None:
+    sandbox_id = await created(restarted)
+    if machine == "paused":
+        restarted.node.machines[sandbox_id].status.state = pb.MACHINE_STATE_PAUSED
+    elif machine == "gone":
+        del restarted.node.machines[sandbox_id]
+    await left_as(restarted, sandbox_id, state)
+
+    async with restarted.serving():
+        await settles(restarted, sandbox_id, {"gone": "ended"}.get(machine, machine))
+        await eventually(lambda: (sandbox_id in restarted.edge.routes) == (machine == "running"))
+
+
+async def test_an_interrupted_kill_is_finished(restarted: World) -> None:
+    sandbox_id = await created(restarted)
+    await left_as(restarted, sandbox_id, "killing")
+
+    async with restarted.serving():
+        await settles(restarted, sandbox_id, "ended")
+
+    assert restarted.node.machines == {}
+
+
+async def test_what_the_node_did_meanwhile_is_recorded(restarted: World) -> None:
+    ended, paused, lost = [await created(restarted, autoPause=True) for _ in range(3)]
+    await restarted.node.end(ended, pb.END_REASON_DIED, "out of memory")
+    await restarted.node.time_out(paused)
+    del restarted.node.machines[lost]
+
+    async with restarted.serving():
+        await settles(restarted, ended, "ended")
+        await settles(restarted, paused, "paused")
+        await settles(restarted, lost, "ended")
+        await eventually(lambda: not restarted.node.ended)
+
+
+async def test_a_machine_that_nobody_knows_is_ended(restarted: World) -> None:
+    restarted.node._start(pb.CreateRequest(sandbox_id="iorphan"))
+
+    async with restarted.serving():
+        await eventually(lambda: "iorphan" not in restarted.node.machines)
+
+
+async def test_a_machine_whose_sandbox_has_ended_is_ended(restarted: World) -> None:
+    sandbox_id = await created(restarted)
+    await left_as(restarted, sandbox_id, "ended", ended_at=1)
+
+    async with restarted.serving():
+        await eventually(lambda: not restarted.node.machines)
+
+
+async def test_a_kill_that_the_node_did_not_hear_is_done_when_it_is_back(restarted: World) -> None:
+    sandbox_id = await created(restarted)
+    async with restarted.serving():
+        await restarted.ready()
+        await restarted.node.stop()
+        refused = await restarted.client.delete(f"/sandboxes/{sandbox_id}")
+        gone = await restarted.client.get(f"/sandboxes/{sandbox_id}")
+        await restarted.node.start(restarted.settings.node_target)
+        await settles(restarted, sandbox_id, "ended")
+
+    assert (refused.status_code, refused.headers["should-retry"]) == (503, "true")
+    assert gone.status_code == 404
+    assert restarted.node.machines == {}
+
+
+async def test_a_create_whose_answer_was_lost_leaves_nothing(restarted: World) -> None:
+    node = restarted.node
+
+    async def lose(_request: object) -> None:
+        await node.stop()
+        raise RuntimeError("the node went away")
+
+    async with restarted.serving():
+        await restarted.ready()
+        node.before["Create"] = lose
+        answer = await restarted.client.post("/v2/sandboxes", json={"templateID": "base"})
+        node.before.clear()
+        sandbox_id = next(request.sandbox_id for name, request in node.calls if name == "Create")
+        # The machine was started all the same.
+        node._start(pb.CreateRequest(sandbox_id=sandbox_id, deadline_unix_ms=2**50))
+        await node.start(restarted.settings.node_target)
+        await eventually(lambda: not node.machines)
+        await settles(restarted, sandbox_id, "ended")
+
+    assert answer.status_code == 503
+
+
+async def test_a_pause_whose_answer_was_lost_is_looked_up(restarted: World) -> None:
+    sandbox_id = await created(restarted)
+    node = restarted.node
+
+    async def lose(_request: object) -> None:
+        node._set_paused(node.machines[sandbox_id], memory=True)
+        await node.stop()
+
+    async with restarted.serving():
+        await restarted.ready()
+        node.before["Pause"] = lose
+        answer = await restarted.client.post(f"/sandboxes/{sandbox_id}/pause")
+        await node.start(restarted.settings.node_target)
+        await settles(restarted, sandbox_id, "paused")
+
+    assert answer.status_code == 503
+
+
+async def test_a_pause_at_the_deadline_that_overtakes_the_create_is_not_lost(restarted: World) -> None:
+    async with restarted.serving():
+        await restarted.ready()
+        made = await asyncio.gather(*(restarted.create(timeout=0, autoPause=True) for _ in range(10)))
+
+        for one in made:
+            await settles(restarted, one["sandboxID"], "paused")
+        await eventually(lambda: not restarted.edge.routes)
+
+
+async def test_the_edge_gets_every_route_when_it_comes_back(restarted: World) -> None:
+    async with restarted.serving():
+        await restarted.ready()
+        await eventually(lambda: bool(restarted.edge.calls))
+        kept, killed = [(await restarted.create())["sandboxID"] for _ in range(2)]
+        await restarted.edge.stop()
+        restarted.edge.routes.clear()
+        await restarted.client.delete(f"/sandboxes/{killed}")
+        later = (await restarted.create())["sandboxID"]
+        await restarted.edge.start(restarted.settings.edge_target)
+
+        await eventually(lambda: set(restarted.edge.routes) == {kept, later})
+
+
+async def test_base_is_built_again_when_the_node_has_lost_its_layers(restarted: World) -> None:
+    restarted.node.layers = []
+
+    async with restarted.serving():
+        await eventually(lambda: restarted.control.builds.startup.status == "ready")
+        templates = (await restarted.client.get("/v2/templates")).json()
+
+    assert len(restarted.node.builds) == 2
+    assert [template["buildCount"] for template in templates] == [2]
+
+
+async def test_a_failed_base_build_is_told(restarted: World) -> None:
+    restarted.node.layers = []
+    restarted.node.build_events = [pb.BuildEvent(failed=pb.BuildFailed(message="no space left", step="base"))]
+
+    async with restarted.serving():
+        await eventually(lambda: restarted.control.builds.startup.status == "error")
+        told = (await restarted.client.get("/startup")).json()
+
+    assert told["base"]["status"] == "error"
+    assert told["base"]["message"] == "no space left"
