@@ -194,7 +194,8 @@ def _write(data: bytes) -> None:
 def _raw_terminal() -> Iterator[None]:
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
-    tty.setraw(descriptor)
+    # Draining, not flushing: what was typed while the shell was on its way is meant for it.
+    tty.setraw(descriptor, termios.TCSADRAIN)
     try:
         yield
     finally:
