@@ -13,11 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import structlog
 from pydantic import TypeAdapter, ValidationError
 
 from emberbox.node.model import EndReason, Image, Network, State, TimeoutAction
+from emberbox.node.tasks import finish
 from emberbox.runtime.base import Limits, Saved
 
 log = structlog.get_logger("emberbox.node")
@@ -104,16 +106,25 @@ class Records:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        # Deadlines are moved beside operations, so one record may be written twice at once: the last asked wins.
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def write(self, record: SandboxRecord) -> None:
         """Replace the record on disk. Durable against a crash of the host unless the sandbox runs."""
         data = _ADAPTER.dump_json(record)
         flush = record.state is not State.RUNNING
-        await asyncio.to_thread(write_file, self._directory / f"{record.sandbox_id}.json", data, flush=flush)
+        async with self._turn(record.sandbox_id):
+            await finish(
+                asyncio.to_thread(write_file, self._directory / f"{record.sandbox_id}.json", data, flush=flush)
+            )
 
     async def remove(self, sandbox_id: str) -> None:
         """Forget a sandbox. Idempotent."""
-        await asyncio.to_thread((self._directory / f"{sandbox_id}.json").unlink, missing_ok=True)
+        async with self._turn(sandbox_id):
+            await asyncio.to_thread((self._directory / f"{sandbox_id}.json").unlink, missing_ok=True)
+
+    def _turn(self, sandbox_id: str) -> asyncio.Lock:
+        return self._turns.setdefault(sandbox_id, asyncio.Lock())
 
     async def load(self) -> list[SandboxRecord]:
         """Read every record. A damaged one is set aside as `<name>.damaged` and logged."""

@@ -465,3 +465,14 @@ async def test_seeds_of_two_kinds_cannot_be_mixed_up(make_world: Any) -> None:
     status = await world.node.machines.create(new, Seed(new.image, new.limits))
 
     assert status.sandbox_id == "s1"
+
+
+async def test_deadlines_moved_at_once_leave_one_whole_record(make_world: Any) -> None:
+    world = await make_world()
+    await world.create("s1")
+    deadlines = [now_ms() + 60_000 + n for n in range(50)]
+
+    await asyncio.gather(*(world.node.machines.set_deadline("s1", each, only_extend=False) for each in deadlines))
+
+    (record,) = await world.node.machines.records.load()
+    assert record.deadline_ms == deadlines[-1]
