@@ -1,8 +1,8 @@
 """The edge alone: requests a second, added latency, one-stream transfer, changes of routes, memory.
 
 The machine behind it is an HAProxy of one thread that answers by itself for requests, and a bare socket server with
-`sendfile` for transfers. The floor is the same client on the same machine without the edge, in the same run. Client, edge
-and machine share the cores.
+`sendfile` for transfers. The floor is the same client on the same machine without the edge, in the same run. Client,
+edge and machine share the cores.
 """
 
 from __future__ import annotations

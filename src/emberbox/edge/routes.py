@@ -2,7 +2,8 @@
 
 The table is one map file, a line a sandbox, that HAProxy reads when it starts:
 
-    i0abc 198.18.0.2|lanes_3|l35|<sha256>|443,8443|app.local:${PORT}
+    i0abc 198.18.0.2|lanes_3|l35
+    i1def 198.18.0.6|lanes_4|l36|<sha256 of the traffic token>|t0|443,8443|app.local:${PORT}|
 
 All of a route is one value, so that it changes in one step: no request sees a new address with an old token.
 
@@ -105,19 +106,19 @@ class Placed:
 
     @property
     def value(self) -> str:
-        """The value in the map; `edge/door.lua` and the configuration read its fields."""
+        """The value in the map; the configuration and the Lua code read its fields.
+
+        What most routes do not have is left away, so that their requests need not look for it.
+        """
         route = self.route
-        return "|".join(
-            (
-                str(route.address),
-                self.lane.backend,
-                self.lane.server,
-                route.traffic_token_sha256,
-                self.tls_lane.server if self.tls_lane else "",
-                ",".join(map(str, route.https_ports)),
-                route.mask_request_host,
-            )
+        first = f"{route.address}|{self.lane.backend}|{self.lane.server}"
+        more = (
+            route.traffic_token_sha256,
+            self.tls_lane.server if self.tls_lane else "",
+            ",".join(map(str, route.https_ports)),
+            route.mask_request_host,
         )
+        return "|".join((first, *more, "")) if any(more) else first
 
     @classmethod
     def parse(cls, sandbox_id: str, value: str) -> Placed:
@@ -127,7 +128,7 @@ class Placed:
             BadRoute: the line was not written by this version of the table.
         """
         try:
-            address, _, server, token, tls_server, ports, mask = value.split("|", 6)
+            address, _, server, token, tls_server, ports, mask, *_ = (*value.split("|"), "", "", "", "")
             return cls(
                 Route.parse(sandbox_id, address, token, mask, [int(port) for port in ports.split(",") if port]),
                 Lane.named(server),

@@ -91,7 +91,7 @@ local function value_of(told)
   for _, port in ipairs(ports) do
     if math.type(port) ~= "integer" then return nil end
   end
-  return table.concat({address, "", "", token:lower(), "", table.concat(ports, ","), mask}, "|")
+  return table.concat({address, "", "", token:lower(), "", table.concat(ports, ","), mask, ""}, "|")
 end
 
 local function pass_on(txn, question)
