@@ -23,7 +23,7 @@ def test_no_key_is_refused_by_the_client_itself(emberbox, monkeypatch):
         Sandbox.create()
 
 
-@pytest.mark.parametrize("key", ["e2b_" + "0" * 40, "e2b_" + "f" * 39, "not-a-key", "e2b_é".encode().decode("latin-1")])
+@pytest.mark.parametrize("key", ["e2b_" + "0" * 40, "e2b_" + "f" * 39, "not-a-key", "e2b_" + "g" * 40])
 def test_a_wrong_key_is_unauthorized(emberbox, key):
     with pytest.raises(e2b.AuthenticationException):
         Sandbox.create(api_key=key)
@@ -34,7 +34,13 @@ def test_no_key_at_the_api_is_unauthorized(emberbox):
 
     assert answer.status_code == 401
     assert answer.json()["code"] == 401
-    assert emberbox.api_key not in answer.text
+
+
+@pytest.mark.parametrize("key", [b"e2b_\xc3\xa9", b"\xff", b"x" * 5000], ids=["utf8", "binary", "long"])
+def test_keys_that_are_no_text_are_unauthorized(emberbox, key):
+    answer = httpx.get(f"{emberbox.api_url}/v2/sandboxes", headers={b"X-API-KEY": key}, timeout=seconds(10))
+
+    assert answer.status_code == 401
 
 
 def test_an_unknown_template_is_named_in_the_error(emberbox):
@@ -194,16 +200,12 @@ def test_options_that_exclude_each_other_are_refused(api):
     assert (resume_without_pause.status_code, files_and_resume.status_code) == (400, 400)
 
 
-@pytest.mark.parametrize("key", ["", "x" * 256, "UPPER", "with space", "é"])
+@pytest.mark.parametrize("key", ["", "x" * 256])
 def test_idempotency_keys_out_of_shape_are_refused(api, key):
-    answer = api.post(
-        "/v2/sandboxes", json={"templateID": "base"}, headers={"Idempotency-Key": key.encode()}
-    )  # fmt: skip
-    if answer.status_code == 201:
-        Sandbox.kill(answer.json()["sandboxID"])
+    answer = api.post("/v2/sandboxes", json={"templateID": "base"}, headers={"Idempotency-Key": key})
 
-    # An empty header counts as none.
-    assert answer.status_code == (201 if key == "" else 400)
+    assert answer.status_code == 400
+    assert "Idempotency-Key" in answer.json()["message"]
 
 
 def test_unknown_routes_and_methods_answer_in_the_error_shape(api):

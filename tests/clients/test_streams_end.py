@@ -12,11 +12,10 @@ from collections.abc import Callable
 import e2b
 import pytest
 import websockets.exceptions
-import websockets.sync.client
 from e2b import PtySize, Sandbox
-from httpx import URL
 
 from tests.clients.support import servers
+from tests.clients.support.raw import websocket
 from tests.clients.support.timing import seconds, whole_seconds
 
 LIMIT = 2.0
@@ -162,17 +161,15 @@ def test_an_upload_to_a_killed_sandbox_fails(make_sandbox):
 def test_a_websocket_to_a_killed_sandbox_closes(make_sandbox, emberbox):
     sandbox = make_sandbox()
     servers.serve(sandbox, 8002, script=servers.WEBSOCKET_ECHO)
-    edge = URL(emberbox.sandbox_url)
-    socket = websockets.sync.client.connect(
-        f"ws://{sandbox.get_host(8002)}/", host=edge.host, port=edge.port, open_timeout=seconds(20), proxy=None
-    )
-    reader = Reader(socket.recv)
-    time.sleep(0.5)
 
-    moment = time.monotonic()
-    sandbox.kill()
+    with websocket(emberbox, f"ws://{sandbox.get_host(8002)}/") as socket:
+        reader = Reader(socket.recv)
+        time.sleep(0.5)
+        moment = time.monotonic()
+        sandbox.kill()
+        took = reader.ended_after(moment)
 
-    assert reader.ended_after(moment) < seconds(LIMIT) + 1
+    assert took < seconds(LIMIT) + 1
     assert isinstance(reader.error, websockets.exceptions.ConnectionClosed)
 
 

@@ -6,12 +6,10 @@ import time
 
 import httpx
 import pytest
-import websockets.sync.client
 from e2b import Sandbox
-from httpx import URL
 
 from tests.clients.support import servers
-from tests.clients.support.raw import host_request
+from tests.clients.support.raw import host_request, websocket
 from tests.clients.support.timing import eventually, seconds, whole_seconds
 
 
@@ -82,10 +80,9 @@ def test_answers_stream_without_being_collected(served, emberbox):
 
 @pytest.mark.parametrize("size", [5, 1000, 300_000])
 def test_websockets_pass_both_ways(served, emberbox, size):
-    edge = URL(emberbox.sandbox_url)
     uri = f"ws://{served.get_host(8002)}/socket"
 
-    with _websocket(uri, edge) as socket:
+    with websocket(emberbox, uri) as socket:
         socket.send("text ü")
         socket.send(b"\x00\xff" * size)
         received = [socket.recv(timeout=seconds(30)) for _ in range(2)]
@@ -94,7 +91,7 @@ def test_websockets_pass_both_ways(served, emberbox, size):
 
 
 def test_a_websocket_stays_open_while_idle(served, emberbox):
-    with _websocket(f"ws://{served.get_host(8002)}/", URL(emberbox.sandbox_url)) as socket:
+    with websocket(emberbox, f"ws://{served.get_host(8002)}/") as socket:
         time.sleep(3)
         socket.send("still there")
 
@@ -249,9 +246,3 @@ def test_many_requests_on_one_connection(served, emberbox):
         answers = [client.get(f"/{n}", headers={"Host": served.get_host(8000)}).json()["path"] for n in range(200)]
 
     assert answers == [f"/{n}" for n in range(200)]
-
-
-def _websocket(uri, edge):
-    return websockets.sync.client.connect(
-        uri, host=edge.host, port=edge.port, max_size=2**22, open_timeout=seconds(20), proxy=None
-    )

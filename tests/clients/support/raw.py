@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from typing import Any
-from urllib.parse import quote
 
 import httpx
+import websockets.sync.client
 
 from tests.clients.support.instance import Emberbox
 from tests.clients.support.timing import seconds
@@ -62,5 +64,13 @@ def host_request(emberbox: Emberbox, host: str, path: str = "/", **options: Any)
         return client.request(options.pop("method", "GET"), path, headers=headers, **options)
 
 
-def quoted(path: str) -> str:
-    return quote(path, safe="/")
+def websocket(
+    emberbox: Emberbox, uri: str
+) -> contextlib.AbstractContextManager[websockets.sync.client.ClientConnection]:
+    """A WebSocket to a sandbox's host name, whatever that name resolves to here."""
+    edge = httpx.URL(emberbox.sandbox_url)
+    connection = socket.create_connection((edge.host, edge.port or 80), timeout=seconds(20))
+    connection.settimeout(None)
+    return websockets.sync.client.connect(
+        uri, sock=connection, max_size=2**22, open_timeout=seconds(20), close_timeout=seconds(5)
+    )
