@@ -100,6 +100,8 @@ class NodeUnavailable(ControlError):
 
     status = 503
     should_retry = True
+    retry_after = 2
+    """Clients ask three times more; a node that was killed is back within a few seconds."""
 
 
 class NodeFull(ControlError):
