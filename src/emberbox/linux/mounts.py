@@ -6,6 +6,7 @@ architecture.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -97,7 +98,7 @@ def mount_idmapped(source: Path, target: Path, namespace: int, *, read_only: boo
     allows it (ext4 since 5.12, EROFS since 5.19).
 
     Args:
-        namespace: a descriptor from `user_namespace`; it stays the caller's.
+        namespace: a descriptor from `user_namespaces`; it stays the caller's.
     """
     tree = syscall(
         _SYS_OPEN_TREE,
@@ -123,26 +124,43 @@ def mount_idmapped(source: Path, target: Path, namespace: int, *, read_only: boo
         os.close(tree)
 
 
-def user_namespace(maps: Sequence[IdMap]) -> int:
-    """A file descriptor of a new user namespace with these maps and nobody inside.
+def user_namespaces(*wanted: Sequence[IdMap]) -> list[int]:
+    """Descriptors of new user namespaces with these maps, and nobody inside.
 
-    The namespace begins in a short-lived `unshare`, not in a fork of this process: forking a process with threads
-    (and with gRPC) is not safe.
+    A namespace begins in a short-lived `unshare`, not in a fork of this process: forking a process with threads (and
+    with gRPC) is not safe. They start side by side.
     """
-    with subprocess.Popen(
-        ["unshare", "--user", "--", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as holder:
-        assert holder.stdin is not None
-        assert holder.stdout is not None
-        assert holder.stderr is not None
+    found: list[int] = []
+    with contextlib.ExitStack() as stack:
+        holders = [stack.enter_context(_namespace_holder()) for _ in wanted]
+        try:
+            for holder, maps in zip(holders, wanted, strict=True):
+                found.append(_adopt_namespace(holder, maps))
+        except BaseException:
+            for descriptor in found:
+                os.close(descriptor)
+            raise
+    return found
+
+
+def _namespace_holder() -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(["unshare", "--user", "--", "cat"], stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+def _adopt_namespace(holder: subprocess.Popen[bytes], maps: Sequence[IdMap]) -> int:
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    assert holder.stderr is not None
+    with contextlib.suppress(BrokenPipeError):
         holder.stdin.write(b".")
         holder.stdin.flush()
-        if holder.stdout.read(1) != b".":  # `cat` echoes once it runs, and then the namespace is there
-            raise OSError(errno.EPERM, f"a user namespace cannot be made: {holder.stderr.read().decode().strip()}")
-        text = "".join(f"{m.on_disk} {m.shown} {m.size}\n" for m in maps)
-        for name in ("uid_map", "gid_map"):
-            Path(f"/proc/{holder.pid}/{name}").write_text(text)
-        return os.open(f"/proc/{holder.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    if holder.stdout.read(1) != b".":  # `cat` echoes once it runs, and then the namespace is there
+        raise OSError(errno.EPERM, f"a user namespace cannot be made: {holder.stderr.read().decode().strip()}")
+    text = "".join(f"{m.on_disk} {m.shown} {m.size}\n" for m in maps)
+    for name in ("uid_map", "gid_map"):
+        Path(f"/proc/{holder.pid}/{name}").write_text(text)
+    return os.open(f"/proc/{holder.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _unescape(text: str) -> str:

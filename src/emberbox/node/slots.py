@@ -34,6 +34,7 @@ from emberbox.node.firewall import (
 )
 from emberbox.runtime.base import Slot
 from emberbox.settings import Settings
+from emberbox.threads import to_thread_whole
 
 __all__ = ["NetworkPolicy", "Slots"]
 
@@ -103,7 +104,7 @@ class Slots:
         unused = [slot.index for slot in self._ready]
         self._ready.clear()
         for index in unused:
-            await asyncio.to_thread(self._unmake, index)
+            await to_thread_whole(self._unmake, index)
         with contextlib.suppress(NetworkFailure):
             if self._in_use or self._left_over:
                 await self._firewall.remove(unused)
@@ -182,7 +183,7 @@ class Slots:
         slot = self._slot(self._free_index())
         self._making += 1
         try:
-            await asyncio.to_thread(self._build, slot)
+            await to_thread_whole(self._build, slot)
             await self._firewall.admit(slot.index)
         except BaseException as error:
             await asyncio.shield(self._remove(slot.index))
@@ -236,7 +237,7 @@ class Slots:
     async def _remove(self, index: int) -> None:
         self._policies.pop(index, None)
         self._forwarder.forget(index)
-        await asyncio.to_thread(self._unmake, index)
+        await to_thread_whole(self._unmake, index)
         await self._firewall.remove([index])
         self._resting.append((time.monotonic() + _REUSE_AFTER_SECONDS, index))
 

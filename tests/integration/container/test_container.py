@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from emberbox.images.layers import LayerStore
-from emberbox.runtime.base import Limits
+from emberbox.runtime.base import Limits, MachineSpec
 from emberbox.runtime.container.root import opened_upper
 from emberbox.runtime.container.runtime import ContainerRuntime
 from emberbox.runtime.errors import MachineGone, NotSupported, RuntimeFailure
@@ -162,7 +162,10 @@ async def test_wait_returns_when_the_first_process_is_killed(world: World) -> No
 
 async def test_an_open_stream_ends_when_the_machine_does(world: World) -> None:
     guest = await world.machine()
-    await guest.run("nohup python3 -m http.server 8000 > /dev/null 2>&1 & sleep 1")
+    await guest.run(
+        "nohup python3 -m http.server 8000 > /dev/null 2>&1 &"
+        "for i in $(seq 200); do (echo > /dev/tcp/127.0.0.1/8000) 2>/dev/null && break; sleep 0.1; done"
+    )
     reader, writer = await asyncio.open_connection(str(guest.slot.address), 8000)
 
     await world.end(guest)
@@ -266,7 +269,8 @@ async def test_what_a_machine_wrote_becomes_a_layer_of_others(world: World, tmp_
         layer = await store.pack(folder)
     other = await world.machine(layers=(*world.layers, layer.digest))
     output = await other.run(
-        "stat -c '%U %a' /code/made; cat /code/made; ls /etc/issue; ls /usr/share/perl5; ls -d /usr/share/moved/completions;"
+        "stat -c '%U %a' /code/made; cat /code/made; ls /etc/issue; ls /usr/share/perl5;"
+        "ls -d /usr/share/moved/completions;"
         "ls -d /usr/share/bash-completion; touch /usr/share/moved/x && echo writable"
     )
 
@@ -280,3 +284,24 @@ async def test_what_a_machine_wrote_becomes_a_layer_of_others(world: World, tmp_
         "writable",
     ]
     assert list(mounted.iterdir()) == []
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.005, 0.02, 0.05, 0.1, 0.2])
+async def test_a_start_that_is_cancelled_leaves_nothing(world: World, seconds: float, tmp_path: Path) -> None:
+    slot = await world.slots.take()
+    upper = tmp_path / "upper.ext4"
+    await world.disks.new_upper(upper, 512)
+    layers = tuple(world.disks.layer(digest) for digest in world.layers)
+    limits = Limits(cpu_count=1, memory_mb=256, disk_size_mb=512)
+    machine_id = f"cancelled{int(seconds * 1000)}"
+    spec = MachineSpec(machine_id, tmp_path, layers, upper, slot, limits, "box", "ab" * 32)
+
+    starting = asyncio.create_task(world.runtime.start(spec))
+    await asyncio.sleep(seconds)
+    starting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await (await starting).destroy()
+    await world.slots.give_back(slot)
+
+    assert not [trace for trace in world.traces() if machine_id in trace]
+    assert not list(Path("/proc").glob(f"[0-9]*/root/run/{world.settings.instance}/machines/{machine_id}"))

@@ -17,6 +17,7 @@ from emberbox.runtime.container.cgroups import Cgroup
 from emberbox.runtime.container.oci import OciRuntime
 from emberbox.runtime.container.root import Root
 from emberbox.runtime.errors import MachineGone, NotSupported, RuntimeFailure
+from emberbox.threads import to_thread_whole
 
 NAME = "container"
 _UPPER = "upper.ext4"
@@ -84,19 +85,21 @@ class Container:
             target = into / _UPPER
             marker = self.spec.directory / _SAVING
             try:
-                await asyncio.to_thread(self._root.trim)
+                await to_thread_whole(self._root.trim)
                 frozen_before = await asyncio.to_thread(self._cgroup.is_frozen)
                 if not frozen_before:
                     await asyncio.to_thread(marker.touch)
                     await self._cgroup.freeze()
                 try:
-                    await asyncio.shield(asyncio.to_thread(self._copy_upper, target))
+                    await to_thread_whole(self._copy_upper, target)
                 finally:
                     if not frozen_before:
                         await self._cgroup.thaw()
-            except OSError as error:
-                await asyncio.to_thread(target.unlink, missing_ok=True)
-                raise RuntimeFailure(f"the machine's disk could not be saved: {error}") from error
+            except BaseException as error:
+                await to_thread_whole(target.unlink, missing_ok=True)
+                if isinstance(error, OSError):
+                    raise RuntimeFailure(f"the machine's disk could not be saved: {error}") from error
+                raise
             finally:
                 await asyncio.to_thread(marker.unlink, missing_ok=True)
         return Saved(runtime=NAME, directory=into, upper=target, memory=False)
@@ -158,8 +161,8 @@ async def end_container(
         except TimeoutError:
             raise RuntimeFailure(f"the machine's processes did not end within {_END_SECONDS:g} s") from None
     await oci.delete(machine_id)
-    await asyncio.to_thread(cgroup.remove)
-    await asyncio.to_thread(root.remove)
+    await to_thread_whole(cgroup.remove)
+    await to_thread_whole(root.remove)
 
 
 def _kill_members(cgroup: Cgroup) -> None:

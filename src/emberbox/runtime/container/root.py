@@ -54,8 +54,9 @@ class IdMaps:
         with self._lock:
             known = self._namespaces.pop(first_id, None)
         if known is None:
-            layers = mounts.user_namespace([IdMap(0, first_id, ID_COUNT)])
-            upper = mounts.user_namespace([IdMap(0, 0, 1), IdMap(DISK_ID, first_id, ID_COUNT)])
+            layers, upper = mounts.user_namespaces(
+                [IdMap(0, first_id, ID_COUNT)], [IdMap(0, 0, 1), IdMap(DISK_ID, first_id, ID_COUNT)]
+            )
             known = layers, upper
         with self._lock:
             self._namespaces[first_id] = known  # the latest is last, and the first goes first
@@ -279,7 +280,7 @@ def opened_upper(image: Path, directory: Path) -> Iterator[Path]:
             path.mkdir(mode=0o700)
         with loops.attach(image, read_only=True) as device:
             mounts.mount(device.path, plain, "ext4", mounts.MS_RDONLY | mounts.MS_NODEV | mounts.MS_NOSUID)
-        namespace = mounts.user_namespace([IdMap(DISK_ID, 0, ID_COUNT)])
+        (namespace,) = mounts.user_namespaces([IdMap(DISK_ID, 0, ID_COUNT)])
         try:
             mounts.mount_idmapped(plain, shown, namespace, read_only=True)
         finally:

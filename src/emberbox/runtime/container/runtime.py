@@ -21,6 +21,7 @@ from emberbox.runtime.container.oci import OciRuntime
 from emberbox.runtime.container.root import IdMaps, Layers, Root
 from emberbox.runtime.errors import RuntimeFailure, SavedDamaged
 from emberbox.settings import Settings
+from emberbox.threads import to_thread_whole
 
 log = structlog.get_logger("emberbox.runtime")
 
@@ -59,16 +60,15 @@ class ContainerRuntime:
         process: ProcessId | None = None
         try:
             first_id = self._first_id(spec)
-            places = await asyncio.to_thread(self._make_root, root, spec, first_id)
+            places = await to_thread_whole(self._make_root, root, spec, first_id)
             config = bundle.configuration(spec, places, first_id, swap_accounting=cgroup.swap_accounting)
-            await asyncio.to_thread(bundle.write, spec.directory, config)
-            output = await asyncio.to_thread(root.open_log)
-            with _closing(output):
+            await to_thread_whole(bundle.write, spec.directory, config)
+            with _closing(root.open_log()) as output:
                 pid = await self._oci.start(spec.machine_id, spec.directory, output)
             process = processes.identify(pid)
             if process is None:
                 raise RuntimeFailure(f"the machine's first process ended at once: {_tail(root.upper / 'agent.log')}")
-            await asyncio.to_thread(root.let_go)
+            await to_thread_whole(root.let_go)
         except BaseException as error:
             await asyncio.shield(end_container(spec.machine_id, process, root, cgroup, self._oci))
             if isinstance(error, OSError):
@@ -163,9 +163,9 @@ def agent_path(settings: Settings) -> Path:
 
 
 @contextlib.contextmanager
-def _closing(descriptor: int) -> Iterator[None]:
+def _closing(descriptor: int) -> Iterator[int]:
     try:
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 
