@@ -17,6 +17,8 @@ import (
 	"syscall"
 	"time"
 
+	"emberbox/agent/internal/boot"
+	"emberbox/agent/internal/cgroup"
 	"emberbox/agent/internal/filesystem"
 	"emberbox/agent/internal/host"
 	"emberbox/agent/internal/logs"
@@ -63,9 +65,13 @@ func run(address string) error {
 	runtime.GOMAXPROCS(min(runtime.NumCPU(), 4))
 
 	state := sandbox.New()
-	if hash := os.Getenv(controlHashVar); hash != "" {
-		if err := state.SetControlHash(hash); err != nil {
-			return fmt.Errorf("%s: %w", controlHashVar, err)
+	m, err := machine()
+	if err != nil {
+		return err
+	}
+	if m.ControlHash != "" {
+		if err := state.SetControlHash(m.ControlHash); err != nil {
+			return err
 		}
 	}
 	if err := host.Protect(); err != nil {
@@ -76,12 +82,19 @@ func run(address string) error {
 	stop, cancel := untilStopped()
 	defer cancel()
 
-	log := logs.New(os.Stdout)
+	log := logs.New(os.Stdout, m.printed)
+	if m.Hostname != "" {
+		if err := host.SetHostname(m.Hostname); err != nil {
+			log.Error("agent", "host name not set", "error", err.Error())
+		}
+	}
 	db := users.Open()
 	reap := reaper.Start()
 	who := rpc.Who{State: state, Users: db}
-	table := handler.NewTable(state, reap, log, nil)
-	api := &rest.API{State: state, Users: db, Log: log, Run: reap.Run, Meter: usage.NewMeter(), Disk: -1}
+	table := handler.NewTable(state, reap, log, m.groups)
+	api := &rest.API{
+		State: state, Users: db, Log: log, Run: reap.Run, Meter: usage.NewMeter(), Cgroups: m.groups, Disk: m.Disk,
+	}
 	srv := server.New(state, api, process.New(who, table), filesystem.New(who, log))
 
 	listener, err := net.Listen("tcp4", address)
@@ -106,6 +119,33 @@ func run(address string) error {
 		_ = srv.Shutdown(ctx)
 		return nil
 	}
+}
+
+// surroundings are what this start of the agent runs in.
+type surroundings struct {
+	boot.Machine
+	groups *cgroup.Manager
+	// printed is the least level of log lines on stdout.
+	printed string
+}
+
+// machine boots a microVM when this is its first program, and otherwise reads
+// what the node gave by the environment.
+func machine() (surroundings, error) {
+	if !boot.Wanted() {
+		m := boot.Machine{ControlHash: os.Getenv(controlHashVar), Disk: -1}
+		return surroundings{Machine: m, printed: "debug"}, nil
+	}
+	m, err := boot.Run()
+	if err != nil {
+		return surroundings{}, fmt.Errorf("boot: %w", err)
+	}
+	groups, err := cgroup.New(m.Cgroups)
+	if err != nil {
+		return surroundings{}, fmt.Errorf("boot: %w", err)
+	}
+	// Every byte on an emulated serial line stops the virtual CPU; the node fetches the whole log by /logs.
+	return surroundings{Machine: *m, groups: groups, printed: "warn"}, nil
 }
 
 // untilStopped returns a context that ends on SIGTERM or SIGINT. PID 1 is

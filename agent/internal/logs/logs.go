@@ -45,12 +45,16 @@ type Log struct {
 	bytes int
 	next  uint64
 	out   chan Entry
+	least int // level of what goes to out
 }
 
-// New returns a log that writes lines to w from a goroutine of its own: a
-// reader that stopped reading costs lines, not the agent.
-func New(w io.Writer) *Log {
-	l := &Log{next: 1}
+var rank = map[string]int{"debug": 0, "info": 1, "warn": 2, "error": 3}
+
+// New returns a log that writes lines of that level and above to w, from a
+// goroutine of its own: a reader that stopped reading costs lines, not the
+// agent. The ring keeps every level.
+func New(w io.Writer, least string) *Log {
+	l := &Log{next: 1, least: rank[least]}
 	if w != nil {
 		l.out = make(chan Entry, 256)
 		go func() {
@@ -105,7 +109,7 @@ func (l *Log) add(level, logger, message string, kv []string) {
 	}
 	out := l.out
 	l.mu.Unlock()
-	if out != nil {
+	if out != nil && rank[level] >= l.least {
 		select {
 		case out <- e:
 		default:

@@ -8,7 +8,7 @@ import (
 )
 
 func TestPagesMeetExactly(t *testing.T) {
-	l := New(nil)
+	l := New(nil, "debug")
 	for range 25 {
 		l.Info("t", "m")
 	}
@@ -32,7 +32,7 @@ func TestPagesMeetExactly(t *testing.T) {
 }
 
 func TestTheRingIsBounded(t *testing.T) {
-	l := New(nil)
+	l := New(nil, "debug")
 	for range maxEntries + 500 {
 		l.Info("t", "m")
 	}
@@ -59,7 +59,7 @@ func TestTheRingIsBounded(t *testing.T) {
 }
 
 func TestAStrangeCursorStartsOver(t *testing.T) {
-	l := New(nil)
+	l := New(nil, "debug")
 	l.Info("t", "m")
 	if page, next := l.After(1<<60, 10); len(page) != 1 || next != 1 {
 		t.Errorf("%v %d", page, next)
@@ -70,7 +70,7 @@ func TestAStrangeCursorStartsOver(t *testing.T) {
 }
 
 func TestFieldsAreClippedAndValid(t *testing.T) {
-	l := New(nil)
+	l := New(nil, "debug")
 	l.Info("t", "m", "data", strings.Repeat("\xff", 5000))
 	page, _ := l.After(0, 1)
 	v := page[0].Fields["data"]
@@ -86,7 +86,7 @@ func (s stuck) Write(p []byte) (int, error) { <-s.enter; return len(p), nil }
 func TestAReaderThatStoppedDoesNotBlock(t *testing.T) {
 	w := stuck{make(chan struct{})}
 	defer close(w.enter)
-	l := New(w)
+	l := New(w, "debug")
 	var wg sync.WaitGroup
 	for range 4 {
 		wg.Go(func() {

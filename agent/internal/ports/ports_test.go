@@ -82,7 +82,7 @@ func TestALoopbackPortIsForwardedAndGivenUp(t *testing.T) {
 		}
 	}()
 	outside := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.2"), target.Port())
-	f := New(1, logs.New(nil))
+	f := New(1, logs.New(nil, "debug"))
 	f.addresses = func() []netip.Addr { return []netip.Addr{outside.Addr()} }
 
 	f.look([]netip.AddrPort{target})
@@ -105,7 +105,7 @@ func TestALoopbackPortIsForwardedAndGivenUp(t *testing.T) {
 }
 
 func TestAPortThatListensElsewhereIsLeftAlone(t *testing.T) {
-	f := New(7, logs.New(nil))
+	f := New(7, logs.New(nil, "debug"))
 	f.addresses = func() []netip.Addr { t.Error("asked for addresses"); return nil }
 
 	f.look([]netip.AddrPort{

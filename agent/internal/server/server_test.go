@@ -47,7 +47,7 @@ func agent(t testing.TB) (string, *sandbox.State) {
 	state := sandbox.New()
 	state.SetDefaults(me.Username, "")
 	db := users.Open()
-	log := logs.New(nil)
+	log := logs.New(nil, "debug")
 	who := rpc.Who{State: state, Users: db}
 	api := &rest.API{State: state, Users: db, Log: log, Run: reap.Run, Meter: usage.NewMeter(), Disk: -1}
 	srv := New(state, api, process.New(who, handler.NewTable(state, reap, log, nil)), filesystem.New(who, log))
