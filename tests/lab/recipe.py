@@ -63,6 +63,8 @@ INSTALL_INPUTS = (
     "agent/go.sum",
 )
 
+AGENT = Path("agent/build/emberd")
+
 # Part of every stage's hash; count it up when a change of this module changes what the stages hold.
 REVISION = "2"
 
@@ -179,7 +181,7 @@ def _tools_stage(cache: Path, base: Path, files: list[Path]) -> Path:
     say("installing Emberbox's tools and packages (make install)")
     with _unfinished(stage) as work:
         with _overlay([base / "root"], work) as root:
-            _install_tree(files, root, cache)
+            _install_tree(files, root, cache, "tools")
         for name in ("scratch", "merged"):
             shutil.rmtree(work / name)
     return stage
@@ -198,7 +200,7 @@ def _disk_stage(cache: Path, base: Path, *, install: bool) -> Path:
         with _overlay(lowers, work) as root:
             if install:
                 say(f"installing the working tree ({len(files)} files)")
-                _install_tree(files, root, cache)
+                _install_tree(files, root, cache, "all")
             say("writing the disk image")
             unfinished = work / "disk.img"
             _run("mke2fs", "-q", "-t", "ext4", "-d", str(root), str(unfinished), f"{DISK_GIB}G")
@@ -206,8 +208,8 @@ def _disk_stage(cache: Path, base: Path, *, install: bool) -> Path:
     return disk
 
 
-def _install_tree(files: list[Path], root: Path, cache: Path) -> None:
-    """Put the tree into the image, without what an earlier one left, and run `make install` in it."""
+def _install_tree(files: list[Path], root: Path, cache: Path, what: str) -> None:
+    """Put the tree into the image, without what an earlier one left, and run `install.sh` with `what` in it."""
     place = root / "opt" / "emberbox"
     for old in place.glob("[!.]*"):  # .venv and .tools hold what was installed, and stay
         shutil.rmtree(old) if old.is_dir() else old.unlink()
@@ -218,7 +220,13 @@ def _install_tree(files: list[Path], root: Path, cache: Path) -> None:
     _install_file(root, "usr/lib/emberbox-lab/install", _read("install.sh"), 0o755)
     _install_file(root, "usr/lib/emberbox-lab/environment", _read("environment.sh"), 0o644)
     images = _images(cache)
-    given = {"images": images, "firecracker": parts.pair().firecracker.parent}
+    downloads = cache / "downloads"
+    downloads.mkdir(exist_ok=True)
+    given = {
+        "mnt/images": images,
+        "mnt/firecracker": parts.pair().firecracker.parent,
+        "root/.cache": downloads,  # of pip and of Go, which both find theirs below HOME
+    }
     with _chroot_mounts(root, given):
         _run(
             "chroot", str(root), "/usr/lib/emberbox-lab/install", log=cache / "install.log", env=_registry_environment()
@@ -237,7 +245,15 @@ def working_tree_files() -> list[Path]:
         timeout=60,
     ).stdout.decode()
     paths = sorted({Path(name) for name in listed.split("\0") if name})
-    return [path for path in paths if (TREE / path).is_file()]
+    files = [path for path in paths if (TREE / path).is_file()]
+    return [*files, AGENT] if _agent_is_built(files) else files
+
+
+def _agent_is_built(files: list[Path]) -> bool:
+    """Whether emberd is newer than all it is made from: then `make` in the image takes it as it is."""
+    sources = [path for path in files if path.parts[0] == "agent" or path.name == "__init__.py"]
+    agent = TREE / AGENT
+    return agent.is_file() and agent.stat().st_mtime > max((TREE / path).stat().st_mtime for path in sources)
 
 
 def _files_digest(files: list[Path]) -> str:
@@ -264,7 +280,13 @@ def _registry_environment() -> dict[str, str]:
     names = {"SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "PIP_INDEX_URL", "GOFLAGS", "GOPROXY", "GOSUMDB"}
     proxies = {"http_proxy", "https_proxy", "no_proxy"}
     kept = {key: value for key, value in os.environ.items() if key in names or key.lower() in proxies}
-    return {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C.UTF-8", **kept}
+    return {
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME": "/root",
+        "GOMODCACHE": "/root/.cache/go-mod",
+        "LC_ALL": "C.UTF-8",
+        **kept,
+    }
 
 
 # ---- small helpers ----
@@ -355,7 +377,7 @@ def _overlay(lowers: list[Path], work: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _chroot_mounts(root: Path, given: dict[str, Path]) -> Iterator[None]:
-    """Give the chroot /proc, a few device nodes, the machine's resolver and, below /mnt, the folders `given`."""
+    """Give the chroot /proc, a few device nodes, the machine's resolver and the folders `given`."""
     resolver = root / "etc" / "resolv.conf"
     with contextlib.ExitStack() as undo:
         resolver.unlink(missing_ok=True)
@@ -365,9 +387,9 @@ def _chroot_mounts(root: Path, given: dict[str, Path]) -> Iterator[None]:
             _run("mount", "-t", kind, kind, str(root / name))
             undo.callback(_run, "umount", "-l", str(root / name))
         for name, source in given.items():
-            (root / "mnt" / name).mkdir(exist_ok=True)
-            _run("mount", "--bind", str(source), str(root / "mnt" / name))
-            undo.callback(_run, "umount", "-l", str(root / "mnt" / name))
+            (root / name).mkdir(parents=True, exist_ok=True)
+            _run("mount", "--bind", str(source), str(root / name))
+            undo.callback(_run, "umount", "-l", str(root / name))
         for name, minor in (("null", 3), ("zero", 5), ("full", 7), ("random", 8), ("urandom", 9)):
             os.mknod(root / "dev" / name, stat.S_IFCHR | 0o666, os.makedev(1, minor))
             os.chmod(root / "dev" / name, 0o666)

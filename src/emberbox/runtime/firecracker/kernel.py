@@ -64,16 +64,30 @@ def fetch_package(into: Path) -> Path:
     Raises:
         GuestFilesError: apt is missing, or it could not find or fetch the package.
     """
-    depends = _run(["apt-cache", "depends", "--important", META_PACKAGE], cwd=into)
-    names = [line.split()[-1] for line in depends.splitlines() if line.strip().startswith("Depends:")]
-    images = [name for name in names if name.startswith("linux-image-")]
-    if not images:
-        raise GuestFilesError(f"apt does not know the package {META_PACKAGE}; run 'apt-get update' first")
-    _run(["apt-get", "download", "-q", images[0]], cwd=into)
-    found = sorted(into.glob(f"{images[0]}_*.deb"))
+    image = _image_package(into)
+    if image is None:  # a fresh machine has no lists of packages yet
+        _run(["apt-get", "update", "-q"], cwd=into)
+        image = _image_package(into)
+    if image is None:
+        raise GuestFilesError(
+            f"apt does not know the package {META_PACKAGE}: add Debian's repository, or name a kernel of your own "
+            "with EMBERBOX_GUEST_KERNEL"
+        )
+    _run(["apt-get", "download", "-q", image], cwd=into)
+    found = sorted(into.glob(f"{image}_*.deb"))
     if not found:
-        raise GuestFilesError(f"apt reported success but left no {images[0]} package in {into}")
+        raise GuestFilesError(f"apt reported success but left no {image} package in {into}")
     return found[-1]
+
+
+def _image_package(folder: Path) -> str | None:
+    """Return the package with the newest kernel; None when apt has not heard of it."""
+    try:
+        depends = _run(["apt-cache", "depends", "--important", META_PACKAGE], cwd=folder)
+    except GuestFilesError:
+        return None
+    names = (line.split()[-1] for line in depends.splitlines() if line.strip().startswith("Depends:"))
+    return next((name for name in names if name.startswith("linux-image-")), None)
 
 
 def unpack_package(package: Path, into: Path) -> KernelTree:
