@@ -114,3 +114,29 @@ def test_a_missing_module_says_who_needs_it(tmp_path: Path) -> None:
 def test_a_folder_without_a_kernel_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GuestFilesError, match="expected one kernel"):
         kernel.open_tree(tmp_path)
+
+
+def test_package_lists_are_fetched_when_apt_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def apt(command: list[str], cwd: Path | None = None) -> str:
+        asked.append(" ".join(command[:2]))
+        if command[0] == "apt-cache" and "apt-get update" not in asked:
+            raise GuestFilesError("E: No packages found")
+        if command[1] == "download":
+            (tmp_path / "linux-image-9-cloud-amd64_1_amd64.deb").touch()
+        return "linux-image-cloud-amd64\n  Depends: linux-image-9-cloud-amd64\n"
+
+    monkeypatch.setattr(kernel, "_run", apt)
+
+    package = kernel.fetch_package(tmp_path)
+
+    assert package.name == "linux-image-9-cloud-amd64_1_amd64.deb"
+    assert asked == ["apt-cache depends", "apt-get update", "apt-cache depends", "apt-get download"]
+
+
+def test_a_kernel_that_apt_never_heard_of_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_run", lambda command, cwd=None: "")
+
+    with pytest.raises(GuestFilesError, match="EMBERBOX_GUEST_KERNEL"):
+        kernel.fetch_package(tmp_path)
