@@ -86,7 +86,7 @@ async def _lose(machines: Machines, sandbox: Sandbox, record: SandboxRecord, rea
     log.warning("sandbox.ended", sandbox_id=record.sandbox_id, reason=reason, message=why)
     sandbox.ending = True
     await machines.keep_end(sandbox, record, reason, why)
-    machines.logs.note(record.sandbox_id, "error", why)
+    await machines.logs.note(record.sandbox_id, "error", why)
 
 
 async def _find_machine(hosting: Hosting, record: SandboxRecord) -> Hosted | None:

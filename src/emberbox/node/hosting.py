@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hashlib
 import secrets
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +18,7 @@ import structlog
 
 from emberbox.node.agent import Agent
 from emberbox.node.errors import AgentFailure, NodeError, WrongState
+from emberbox.node.files import remove_file, remove_tree
 from emberbox.node.model import OPEN_NETWORK, Image, Network
 from emberbox.node.tasks import finish
 from emberbox.runtime.base import Limits, Machine, MachineSpec, Runtime, Saved, Slot
@@ -124,12 +124,12 @@ class Hosting:
         if network != OPEN_NETWORK:
             await self.slots.apply(slot, network)
         directory = self.machines_dir / machine_id
-        undo.push_async_callback(_remove_tree, directory)
+        undo.push_async_callback(remove_tree, directory)
         await asyncio.to_thread(directory.mkdir, mode=0o700)
         upper = origin.upper
         if upper is None:
             upper = self.uppers_dir / f"{machine_id}.ext4"
-            undo.push_async_callback(_remove_file, upper)
+            undo.push_async_callback(remove_file, upper)
             if origin.saved is not None:
                 await self.disks.clone(origin.saved.upper, upper)
             else:
@@ -229,9 +229,9 @@ class Hosting:
             await self.slots.give_back(hosted.spec.slot)
         except NodeError as error:
             log.error("slot.give_back_failed", slot=hosted.spec.slot.index, error=str(error))
-        await _remove_tree(hosted.spec.directory)
+        await remove_tree(hosted.spec.directory)
         if not keep_upper:
-            await _remove_file(hosted.spec.upper)
+            await remove_file(hosted.spec.upper)
         return True
 
     async def retry_stuck(self) -> None:
@@ -248,11 +248,3 @@ class Hosting:
         """Raise `WrongState` while a machine that could not be ended still has this disk."""
         if any(hosted.spec.upper == upper for hosted, _ in self._stuck.values()):
             raise WrongState("the sandbox's last machine is still being ended; try again in a minute")
-
-
-async def _remove_tree(path: Path) -> None:
-    await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
-
-
-async def _remove_file(path: Path) -> None:
-    await asyncio.to_thread(path.unlink, missing_ok=True)

@@ -80,10 +80,11 @@ class SandboxLogs:
             except (AgentFailure, TimeoutError) as error:
                 log.debug("logs.not_collected", sandbox_id=sandbox_id, error=str(error))
 
-    def note(self, sandbox_id: str, level: str, message: str) -> None:
-        """Append an entry of the node's own; a short write, so it is done at once."""
+    async def note(self, sandbox_id: str, level: str, message: str) -> None:
+        """Append an entry of the node's own."""
         line = {"timestamp": now_ms(), "level": level, "message": message, "fields": {"logger": "node"}}
-        self._append(sandbox_id, [json.dumps(line)])
+        async with self._locks.setdefault(sandbox_id, asyncio.Lock()):
+            await asyncio.to_thread(self._append, sandbox_id, [json.dumps(line)])
 
     def ended(self, sandbox_id: str) -> None:
         """The sandbox is gone; its file stays for `keep_seconds`."""

@@ -18,17 +18,19 @@ import asyncio
 import contextlib
 import hashlib
 import secrets
-import shutil
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import structlog
 
 from emberbox.node import identity
+from emberbox.node.admission import available_memory
 from emberbox.node.deadlines import Deadlines
-from emberbox.node.errors import AgentFailure, AlreadyHere, BadValue, NodeError, NodeFull, NoSuchSandbox, WrongState
+from emberbox.node.errors import AgentFailure, AlreadyHere, NodeError, NodeFull, NoSuchSandbox, WrongState
 from emberbox.node.events import Events
+from emberbox.node.files import remove_file, remove_tree
 from emberbox.node.hosting import Hosted, Hosting
 from emberbox.node.logs import SandboxLogs
 from emberbox.node.model import (
@@ -42,15 +44,20 @@ from emberbox.node.model import (
     TimeoutAction,
     now_ms,
 )
+from emberbox.node.pausing import Pausing
 from emberbox.node.pool import Pool
 from emberbox.node.preparing import Preparing
-from emberbox.node.records import MachineFacts, Records, SandboxRecord, SavedFacts
+from emberbox.node.records import MachineFacts, Records, SandboxRecord
 from emberbox.node.sandbox import Sandbox
 from emberbox.node.tasks import Tasks, finish
-from emberbox.runtime.base import Limits, Saved
+from emberbox.runtime.base import MIB, Limits, Saved
 from emberbox.runtime.errors import RuntimeFailure
 
 log = structlog.get_logger("emberbox.node")
+
+_CLOSE_SECONDS = 10.0
+_MEMORY_RESERVE = 256 * MIB
+"""Left to the host: below it the kernel would end processes, its own or a sandbox's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +107,7 @@ class Machines:
         self.tasks = Tasks()
         self.deadlines = Deadlines(self._expired)
         self.sandboxes: dict[str, Sandbox] = {}
+        self.pausing = Pausing(self)
 
     # ---- looking
 
@@ -154,7 +162,10 @@ class Machines:
         return status
 
     async def _check_room(self) -> None:
-        """One machine more than `max_machines` is refused; waiting ones give way."""
+        """One machine more than `max_machines`, or than the host has memory for, is refused; waiting ones give way."""
+        while await asyncio.to_thread(available_memory) < _MEMORY_RESERVE:
+            if not await self.pool.make_room():
+                raise NodeFull("this node has less than 256 MiB of memory available; kill some sandboxes or add a node")
         living = sum(1 for sandbox in self.sandboxes.values() if sandbox.record is None or sandbox.hosted is not None)
         if living >= self.max_machines:
             raise NodeFull(f"this node runs {living} machines and may run {self.max_machines}; kill some or add a node")
@@ -183,9 +194,9 @@ class Machines:
         hosted = await self._claim_warm(record) if seed.saved is None else None
         warm = hosted is not None
         if hosted is None:
-            hosted = await self._start_with_room(seed, record)
+            hosted = await self._start_cold(seed, record)
         try:
-            await self._run(sandbox, hosted, record)
+            await self.run_on(sandbox, hosted, record)
         except BaseException:
             await self.hosting.end(hosted)
             raise
@@ -210,22 +221,26 @@ class Machines:
                 raise
         return None
 
-    async def _start_with_room(self, seed: Seed, record: SandboxRecord) -> Hosted:
-        """Start a machine; one that waits in the pool gives way when the node is full."""
-        while True:
-            try:
-                hosted = await self.preparing.machine(
-                    seed.image, seed.limits, saved=seed.saved, saved_secret=seed.saved_secret, network=record.network
-                )
-                break
-            except NodeFull:
-                if not await self.pool.make_room():
-                    raise
+    async def _start_cold(self, seed: Seed, record: SandboxRecord) -> Hosted:
+        hosted = await self.with_room(
+            lambda: self.preparing.machine(
+                seed.image, seed.limits, saved=seed.saved, saved_secret=seed.saved_secret, network=record.network
+            )
+        )
         try:
             return await self._introduce(hosted, record)
         except BaseException:
             await self.hosting.end(hosted)
             raise
+
+    async def with_room(self, start: Callable[[], Awaitable[Hosted]]) -> Hosted:
+        """Start a machine; those that wait in the pool give way when the node is full."""
+        while True:
+            try:
+                return await start()
+            except NodeFull:
+                if not await self.pool.make_room():
+                    raise
 
     async def _introduce(self, hosted: Hosted, record: SandboxRecord) -> Hosted:
         """Tell a machine which sandbox it is. One restored from memory that others share gets a secret of its own."""
@@ -238,9 +253,9 @@ class Machines:
         machine = hosted.machine
         return replace(hosted, secret=secret, agent=self.hosting.agent(machine, hosted.spec.machine_id, secret))
 
-    async def _run(self, sandbox: Sandbox, hosted: Hosted, record: SandboxRecord) -> None:
+    async def run_on(self, sandbox: Sandbox, hosted: Hosted, record: SandboxRecord) -> None:
         """Write that the sandbox runs on this machine, and look after it from now on."""
-        await self._store(
+        await self.store(
             sandbox,
             replace(
                 record,
@@ -280,91 +295,12 @@ class Machines:
 
         Args:
             memory: keep its processes too, for as long as the runtime can.
+
+        Raises:
+            NoSuchSandbox, WrongState, DiskFull, Interrupted, RuntimeFailure: see there; it goes on running.
         """
         sandbox = self.find(sandbox_id)
-        return await sandbox.operate(lambda: self._pause(sandbox, memory=memory))
-
-    async def _pause(self, sandbox: Sandbox, *, memory: bool) -> Status:
-        record, hosted = sandbox.require(State.RUNNING), sandbox.hosted
-        assert hosted is not None
-        await self.logs.collect(sandbox.sandbox_id, hosted.agent)
-        paused = replace(record, state=State.PAUSED, deadline_ms=0, memory_kept=memory, changed_ms=now_ms())
-        if not memory:
-            await self._pause_files(sandbox, hosted, paused)
-        elif self.hosting.runtime.capabilities.memory_snapshots:
-            await self._pause_saving(sandbox, hosted, paused)
-        else:
-            await self._pause_frozen(sandbox, hosted, paused)
-        self.deadlines.clear(sandbox.sandbox_id)
-        log.info("sandbox.paused", sandbox_id=sandbox.sandbox_id, memory=memory)
-        return sandbox.status()
-
-    async def _pause_frozen(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
-        """Keep the machine as it is, with its clock stopped."""
-        try:
-            await hosted.machine.pause()
-            await self._store(sandbox, paused)
-        except BaseException:
-            await finish(self._thaw(hosted))
-            raise
-
-    async def _pause_saving(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
-        """Put memory and disk into a directory of their own, and end the machine."""
-        directory = self.saved_dir / f"{sandbox.sandbox_id}-{secrets.token_hex(4)}"
-        try:
-            await asyncio.to_thread(directory.mkdir, mode=0o700, parents=True)
-            await hosted.machine.pause()
-            saved = await hosted.machine.save(directory, memory=True)
-            await self._store(
-                sandbox,
-                replace(
-                    paused,
-                    machine=None,
-                    upper="",
-                    saved_directory=directory.name,
-                    saved=SavedFacts.of(saved, hosted.secret),
-                ),
-            )
-        except BaseException:
-            await finish(self._undo_saving(hosted, directory))
-            raise
-        await finish(self._leave_machine(sandbox, hosted, keep_upper=False))
-
-    async def _undo_saving(self, hosted: Hosted, directory: Path) -> None:
-        await self._thaw(hosted)
-        await remove_tree(directory)
-
-    async def _pause_files(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
-        """End the machine and keep its disk."""
-        with contextlib.suppress(AgentFailure):
-            await hosted.agent.freeze_files()
-        details = SavedFacts(
-            runtime=self.hosting.runtime.name,
-            upper=hosted.spec.upper.name,
-            memory=False,
-            details=hosted.machine.record(),
-        )
-        await finish(self._keep_files(sandbox, hosted, replace(paused, machine=None, saved=details)))
-
-    async def _keep_files(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
-        try:
-            await self._store(sandbox, paused)
-        except BaseException:
-            with contextlib.suppress(AgentFailure):
-                await hosted.agent.thaw_files()
-            raise
-        await self._leave_machine(sandbox, hosted, keep_upper=True)
-
-    async def _leave_machine(self, sandbox: Sandbox, hosted: Hosted, *, keep_upper: bool) -> None:
-        sandbox.unwatch()
-        sandbox.hosted = None
-        await self.hosting.end(hosted, keep_upper=keep_upper)
-
-    async def _thaw(self, hosted: Hosted) -> None:
-        try:
-            await hosted.machine.resume()
-        except RuntimeFailure as error:
-            log.warning("machine.thaw_failed", machine_id=hosted.spec.machine_id, error=str(error))
+        return await sandbox.operate(lambda: self.pausing.pause(sandbox, memory=memory))
 
     async def resume(
         self, sandbox_id: str, *, deadline_ms: int, on_timeout: TimeoutAction | None, discard_memory: bool
@@ -374,108 +310,16 @@ class Machines:
         Args:
             on_timeout: None leaves it as it was.
             discard_memory: start cold from the files, even when memory was kept.
+
+        Raises:
+            NoSuchSandbox, WrongState, NodeFull, DiskFull, Interrupted, AgentFailure, RuntimeFailure: see there; it
+                stays paused.
         """
         sandbox = self.find(sandbox_id)
-        return await sandbox.operate(lambda: self._resume(sandbox, deadline_ms, on_timeout, discard_memory))
-
-    async def _resume(
-        self, sandbox: Sandbox, deadline_ms: int, on_timeout: TimeoutAction | None, discard_memory: bool
-    ) -> Status:
-        record = sandbox.require(State.PAUSED)
-        began = time.monotonic()
-        running = replace(
-            record,
-            state=State.RUNNING,
-            deadline_ms=deadline_ms,
-            on_timeout=on_timeout or record.on_timeout,
-            started_ms=now_ms(),
-            changed_ms=now_ms(),
-        )
-        kept = "none"
-        if sandbox.hosted is not None and not discard_memory and await self._resume_frozen(sandbox, running):
-            kept = "frozen"
-        elif record.saved is not None and record.saved.memory:
-            await self._resume_saved(sandbox, running, discard_memory=discard_memory)
-            kept = "none" if discard_memory else "saved"
-        else:
-            await self._resume_files(sandbox, running)
-        ms = round((time.monotonic() - began) * 1000, 1)
-        log.info("sandbox.resumed", sandbox_id=sandbox.sandbox_id, memory=kept, ms=ms)
-        return sandbox.status()
-
-    async def _resume_frozen(self, sandbox: Sandbox, running: SandboxRecord) -> bool:
-        """Let the frozen machine go on; False when it cannot, and the files must do."""
-        hosted = sandbox.hosted
-        assert hosted is not None
-        try:
-            await hosted.machine.resume()
-            await hosted.agent.init(identity.again(running))
-        except (RuntimeFailure, AgentFailure) as error:
-            log.warning("sandbox.frozen_lost", sandbox_id=sandbox.sandbox_id, error=str(error))
-            return False
-        except BaseException:
-            await finish(self._freeze_again(hosted))
-            raise
-        try:
-            await self._run(sandbox, hosted, running)
-        except BaseException:
-            await finish(self._freeze_again(hosted))
-            raise
-        return True
-
-    async def _freeze_again(self, hosted: Hosted) -> None:
-        try:
-            await hosted.machine.pause()
-        except RuntimeFailure as error:
-            log.warning("machine.freeze_failed", machine_id=hosted.spec.machine_id, error=str(error))
-
-    async def _resume_saved(self, sandbox: Sandbox, running: SandboxRecord, *, discard_memory: bool) -> None:
-        assert running.saved is not None
-        directory = self.saved_dir / running.saved_directory
-        saved = running.saved.within(directory)
-        if discard_memory:
-            saved = replace(saved, memory=False)
-        secret = "" if discard_memory else running.saved.secret
-        hosted = await self.preparing.machine(
-            running.image, running.limits, saved=saved, saved_secret=secret, network=running.network
-        )
-        await self._go_on(sandbox, hosted, running, keep_upper=False)
-        await remove_tree(directory)
-
-    async def _resume_files(self, sandbox: Sandbox, running: SandboxRecord) -> None:
-        """Start cold on the upper that the last machine left, in place."""
-        if sandbox.hosted is not None:
-            await finish(self._discard_frozen(sandbox))
-            assert sandbox.record is not None
-            running = replace(running, saved=sandbox.record.saved)
-        upper = self.hosting.uppers_dir / running.upper
-        self.hosting.check_unused(upper)
-        assert running.saved is not None
-        hosted = await self.preparing.machine(
-            running.image,
-            running.limits,
-            saved=running.saved.within(self.hosting.uppers_dir),
-            upper=upper,
-            network=running.network,
-        )
-        await self._go_on(sandbox, hosted, running, keep_upper=True)
-
-    async def _go_on(self, sandbox: Sandbox, hosted: Hosted, running: SandboxRecord, *, keep_upper: bool) -> None:
-        try:
-            await hosted.agent.init(identity.again(running))
-            await self._run(sandbox, hosted, running)
-        except BaseException:
-            await self.hosting.end(hosted, keep_upper=keep_upper)
-            raise
-
-    async def _discard_frozen(self, sandbox: Sandbox) -> None:
-        """Turn a sandbox paused in memory into one paused with its files only."""
-        hosted, record = sandbox.hosted, sandbox.record
-        assert hosted is not None
-        assert record is not None
-        facts = SavedFacts(self.hosting.runtime.name, hosted.spec.upper.name, False, hosted.machine.record())
-        await self._store(sandbox, replace(record, memory_kept=False, machine=None, saved=facts))
-        await self._leave_machine(sandbox, hosted, keep_upper=True)
+        sandbox.require(State.PAUSED)
+        if sandbox.hosted is None:
+            await self._check_room()
+        return await sandbox.operate(lambda: self.pausing.resume(sandbox, deadline_ms, on_timeout, discard_memory))
 
     # ---- settings of a sandbox that runs
 
@@ -500,7 +344,7 @@ class Machines:
             record, hosted = sandbox.require(State.RUNNING), sandbox.hosted
             assert hosted is not None
             await self.hosting.slots.apply(hosted.spec.slot, network)
-            await self._store(sandbox, replace(record, network=network))
+            await self.store(sandbox, replace(record, network=network))
             return sandbox.status()
 
         return await sandbox.operate(apply)
@@ -540,7 +384,7 @@ class Machines:
         if hosted is not None:
             await self.hosting.end(hosted)
         elif record.upper:
-            await asyncio.to_thread((self.hosting.uppers_dir / record.upper).unlink, missing_ok=True)
+            await remove_file(self.hosting.uppers_dir / record.upper)
         if record.saved_directory:
             await remove_tree(self.saved_dir / record.saved_directory)
         self.logs.ended(sandbox.sandbox_id)
@@ -561,7 +405,7 @@ class Machines:
             env_vars={},
             access_token="",
         )
-        await self._store(sandbox, ended)
+        await self.store(sandbox, ended)
         self.events.publish(sandbox.status())
 
     async def acknowledge(self, sandbox_ids: list[str]) -> None:
@@ -585,9 +429,9 @@ class Machines:
         if sandbox.ending or sandbox.hosted is not hosted or sandbox.record is None:
             return
         log.warning("machine.died", sandbox_id=sandbox.sandbox_id, reason=reason, state=sandbox.record.state)
-        self.logs.note(sandbox.sandbox_id, "error", f"the machine ended by itself: {reason}")
+        await self.logs.note(sandbox.sandbox_id, "error", f"the machine ended by itself: {reason}")
         if sandbox.record.state is State.PAUSED:
-            await self._discard_frozen(sandbox)
+            await self.pausing.discard_frozen(sandbox)
             self.events.publish(sandbox.status())
         else:
             await self._end(sandbox, EndReason.DIED, f"the machine ended by itself: {reason}")
@@ -620,12 +464,12 @@ class Machines:
                 self.deadlines.set(sandbox.sandbox_id, record.deadline_ms)
                 return
             try:
-                await self._pause(sandbox, memory=memory)
+                await self.pausing.pause(sandbox, memory=memory)
             except (NodeError, RuntimeFailure, OSError) as error:
                 if not memory:
                     raise
                 log.warning("sandbox.memory_not_kept", sandbox_id=sandbox.sandbox_id, error=str(error))
-                await self._pause(sandbox, memory=False)
+                await self.pausing.pause(sandbox, memory=False)
             self.events.publish(sandbox.status())
 
         try:
@@ -639,7 +483,7 @@ class Machines:
 
     # ---- upkeep
 
-    async def _store(self, sandbox: Sandbox, record: SandboxRecord) -> None:
+    async def store(self, sandbox: Sandbox, record: SandboxRecord) -> None:
         """Write a record and make it the sandbox's, unless writing fails. A deadline moved meanwhile is kept."""
         before = sandbox.record
         await self.records.write(record)
@@ -655,24 +499,7 @@ class Machines:
     async def close(self) -> None:
         """Stop looking after machines. They go on; the next node process adopts them."""
         await self.tasks.close()
-
-
-async def remove_tree(path: Path) -> None:
-    """Remove a directory with all it holds. Idempotent."""
-    await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
-
-
-def check_new(new: NewSandbox) -> None:
-    """Refuse values that no machine can be made of.
-
-    Raises:
-        BadValue
-    """
-    if not new.sandbox_id.isalnum() or len(new.sandbox_id) > 64:
-        raise BadValue(f"sandbox ID {new.sandbox_id!r} must be 1 to 64 letters and digits")
-    if (new.image is None) == (not new.snapshot_id):
-        raise BadValue("a sandbox starts from an image or from a snapshot; give one of them")
-    if new.deadline_ms <= 0:
-        raise BadValue("a sandbox needs a deadline")
-    if new.image is not None and not new.image.layers:
-        raise BadValue(f"build '{new.image.build_id}' has no layers")
+        for sandbox in list(self.sandboxes.values()):  # what was cancelled undoes itself
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_SECONDS), sandbox.lock:
+                    pass

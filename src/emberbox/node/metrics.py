@@ -1,6 +1,6 @@
 """Samples of every running machine, in one pass every five seconds, and of the host.
 
-The same pass collects logs, so that an agent's bounded ring is emptied before it overflows.
+Every third pass also collects logs, so that an agent's bounded ring is emptied before it overflows.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from emberbox.runtime.errors import RuntimeFailure
 log = structlog.get_logger("emberbox.node")
 
 INTERVAL_SECONDS = 5.0
+_LOGS_EVERY = 3
 _STATS_SECONDS = 2.0
 _AT_ONCE = 16
 
@@ -59,6 +60,7 @@ class Metrics:
         self._logs = logs
         self._last: dict[str, _Last] = {}
         self._turn = asyncio.Semaphore(_AT_ONCE)
+        self._passes = 0
         self._cpu_model = _cpu_model()
         self._cpu_ticks = _cpu_ticks()
         self._cpu_percent = 0.0
@@ -78,6 +80,7 @@ class Metrics:
         busy, total = ticks[0] - self._cpu_ticks[0], ticks[1] - self._cpu_ticks[1]
         if total > 0:
             self._cpu_percent, self._cpu_ticks = round(100 * busy / total, 1), ticks
+        self._passes += 1
         running = self._machines.running()
         samples = await asyncio.gather(*(self._sample(sandbox, sandbox.hosted) for sandbox in running))
         self._last = {sandbox.sandbox_id: last for sandbox in running if (last := self._last.get(sandbox.sandbox_id))}
@@ -95,7 +98,7 @@ class Metrics:
             except (RuntimeFailure, OSError, TimeoutError) as error:
                 log.debug("metrics.not_sampled", sandbox_id=sandbox.sandbox_id, error=str(error))
                 return None
-            if not sandbox.lock.locked():
+            if self._passes % _LOGS_EVERY == 0 and not sandbox.lock.locked():
                 await self._logs.collect(sandbox.sandbox_id, hosted.agent)
         now = time.monotonic()
         last = self._last.get(sandbox.sandbox_id)
@@ -106,7 +109,7 @@ class Metrics:
             used = max(0.0, 100 * (stats.cpu_seconds - last.cpu_seconds) / (now - last.at))
         kills = stats.oom_kills - (last.oom_kills if last is not None else 0)
         if kills > 0:
-            self._logs.note(
+            await self._logs.note(
                 sandbox.sandbox_id,
                 "warn",
                 f"out of memory: the kernel ended {kills} process{'es' if kills > 1 else ''}; "

@@ -1,14 +1,14 @@
 """From a template to a machine that is ready for a sandbox.
 
 Cold: start, run the template's start command, wait for its ready command. Where the runtime has memory snapshots that
-is done once: the machine is saved when it is ready, and later ones are restored from it.
+is done once: the machine is saved when it is ready, and later ones are restored from it. What is saved counts when its
+`meta.json`, written last, is there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -129,21 +129,20 @@ class Preparing:
         if not self._remembers:
             return
         key = PoolKey.of(image, limits)
-        directory, building = self._directory / str(key), self._directory / f".{key}"
+        directory = self._directory / str(key)
         if await asyncio.to_thread((directory / _META).exists):
             return
         hosted = await self._start(Origin(image.layers), limits, OPEN_NETWORK)
         try:
             await hosted.agent.init(identity.unclaimed(image, limits))
             await self._hosting.run_template_commands(hosted, image)
-            await asyncio.to_thread(_fresh_directory, building)
+            await asyncio.to_thread(_fresh_directory, directory)
             await hosted.machine.pause()
-            saved = await hosted.machine.save(building, memory=True)
-            facts = SavedFacts.of(replace(saved, directory=building), hosted.secret)
-            await asyncio.to_thread(write_file, building / _META, _ADAPTER.dump_json(facts), flush=True)
-            await asyncio.to_thread(building.rename, directory)
+            saved = await hosted.machine.save(directory, memory=True)
+            data = _ADAPTER.dump_json(SavedFacts.of(saved, hosted.secret))
+            await asyncio.to_thread(write_file, directory / _META, data, flush=True)
         except BaseException:
-            await finish(asyncio.to_thread(shutil.rmtree, building, ignore_errors=True))
+            await finish(asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True))
             raise
         finally:
             await self._hosting.end(hosted)

@@ -14,6 +14,7 @@ import structlog
 
 import emberbox
 from emberbox.node import translate
+from emberbox.node.admission import check_new
 from emberbox.node.errors import (
     AlreadyHere,
     BadValue,
@@ -29,7 +30,7 @@ from emberbox.node.errors import (
     Unsupported,
     WrongState,
 )
-from emberbox.node.machines import Seed, check_new
+from emberbox.node.machines import Seed
 from emberbox.node.model import NewSandbox
 from emberbox.node.node import Node
 from emberbox.runtime.errors import MachineGone, NotSupported, RuntimeFailure

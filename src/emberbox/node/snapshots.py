@@ -18,8 +18,9 @@ import structlog
 from pydantic import TypeAdapter, ValidationError
 
 from emberbox.node.errors import AgentFailure, AlreadyHere, BadValue, NodeError, NoSuchSnapshot
+from emberbox.node.files import remove_tree
 from emberbox.node.hosting import Hosted
-from emberbox.node.machines import Machines, Seed, remove_tree
+from emberbox.node.machines import Machines, Seed
 from emberbox.node.model import Image, NewSandbox, State, Status
 from emberbox.node.records import SandboxRecord, SavedFacts, write_file
 from emberbox.node.sandbox import Sandbox
@@ -121,7 +122,8 @@ class Snapshots:
         assert record.saved is not None
         if record.saved_directory:
             source = self._machines.saved_dir / record.saved_directory
-            await asyncio.to_thread(_link_tree, source, directory, record.saved.upper)
+            if memory:
+                await asyncio.to_thread(_link_tree, source, directory, record.saved.upper)
             await hosting.disks.clone(source / record.saved.upper, directory / record.saved.upper)
             return record.saved if memory else replace(record.saved, memory=False, secret="")
         await hosting.disks.clone(hosting.uppers_dir / record.upper, directory / "upper.ext4")

@@ -79,7 +79,7 @@ async def test_a_log_keeps_its_newest_entries_within_its_bound(make_world: Any) 
     world.node.logs._bound = 20_000
 
     for number in range(1000):
-        world.node.logs.note("s1", "info", f"entry {number:04d}")
+        await world.node.logs.note("s1", "info", f"entry {number:04d}")
 
     files = list((world.node.directory / "logs").iterdir())
     messages = await read(world, limit=10_000)
@@ -90,7 +90,7 @@ async def test_a_log_keeps_its_newest_entries_within_its_bound(make_world: Any) 
 
 async def test_a_torn_line_is_passed_over(make_world: Any) -> None:
     world = await make_world()
-    world.node.logs.note("s1", "info", "whole")
+    await world.node.logs.note("s1", "info", "whole")
     with (world.node.directory / "logs" / "s1.jsonl").open("a") as file:
         file.write('{"timestamp": 1, "mess')
 

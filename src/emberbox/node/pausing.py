@@ -1,0 +1,222 @@
+"""Pausing and resuming: with memory in place (frozen), with memory on the disk (saved), or with the files alone.
+
+Each is in an order that a crash of the node process at any point leaves either the running or the paused sandbox.
+`Machines` calls these inside the sandbox's turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+
+from emberbox.node import identity
+from emberbox.node.errors import AgentFailure
+from emberbox.node.files import remove_tree
+from emberbox.node.hosting import Hosted
+from emberbox.node.model import State, Status, TimeoutAction, now_ms
+from emberbox.node.records import SandboxRecord, SavedFacts
+from emberbox.node.sandbox import Sandbox
+from emberbox.node.tasks import finish
+from emberbox.runtime.errors import RuntimeFailure
+
+if TYPE_CHECKING:
+    from emberbox.node.machines import Machines
+
+log = structlog.get_logger("emberbox.node")
+
+
+class Pausing:
+    """The ways to pause and resume a sandbox of `machines`."""
+
+    def __init__(self, machines: Machines) -> None:
+        self._machines = machines
+        self._hosting = machines.hosting
+
+    async def pause(self, sandbox: Sandbox, *, memory: bool) -> Status:
+        record, hosted = sandbox.require(State.RUNNING), sandbox.hosted
+        assert hosted is not None
+        await self._machines.logs.collect(sandbox.sandbox_id, hosted.agent)
+        paused = replace(record, state=State.PAUSED, deadline_ms=0, memory_kept=memory, changed_ms=now_ms())
+        if not memory:
+            await self._pause_files(sandbox, hosted, paused)
+        elif self._hosting.runtime.capabilities.memory_snapshots:
+            await self._pause_saving(sandbox, hosted, paused)
+        else:
+            await self._pause_frozen(sandbox, hosted, paused)
+        self._machines.deadlines.clear(sandbox.sandbox_id)
+        log.info("sandbox.paused", sandbox_id=sandbox.sandbox_id, memory=memory)
+        return sandbox.status()
+
+    async def _pause_frozen(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
+        """Keep the machine as it is, with its clock stopped."""
+        try:
+            await hosted.machine.pause()
+            await self._machines.store(sandbox, paused)
+        except BaseException:
+            await finish(self._thaw(hosted))
+            raise
+
+    async def _pause_saving(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
+        """Put memory and disk into a directory of their own, and end the machine."""
+        directory = self._machines.saved_dir / f"{sandbox.sandbox_id}-{secrets.token_hex(4)}"
+        try:
+            await asyncio.to_thread(directory.mkdir, mode=0o700, parents=True)
+            await hosted.machine.pause()
+            saved = await hosted.machine.save(directory, memory=True)
+            await self._machines.store(
+                sandbox,
+                replace(
+                    paused,
+                    machine=None,
+                    upper="",
+                    saved_directory=directory.name,
+                    saved=SavedFacts.of(saved, hosted.secret),
+                ),
+            )
+        except BaseException:
+            await finish(self._undo_saving(hosted, directory))
+            raise
+        await finish(self._leave_machine(sandbox, hosted, keep_upper=False))
+
+    async def _undo_saving(self, hosted: Hosted, directory: Path) -> None:
+        await self._thaw(hosted)
+        await remove_tree(directory)
+
+    async def _pause_files(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
+        """End the machine and keep its disk."""
+        with contextlib.suppress(AgentFailure):
+            await hosted.agent.freeze_files()
+        details = SavedFacts(
+            runtime=self._hosting.runtime.name,
+            upper=hosted.spec.upper.name,
+            memory=False,
+            details=hosted.machine.record(),
+        )
+        await finish(self._keep_files(sandbox, hosted, replace(paused, machine=None, saved=details)))
+
+    async def _keep_files(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
+        try:
+            await self._machines.store(sandbox, paused)
+        except BaseException:
+            with contextlib.suppress(AgentFailure):
+                await hosted.agent.thaw_files()
+            raise
+        await self._leave_machine(sandbox, hosted, keep_upper=True)
+
+    async def _leave_machine(self, sandbox: Sandbox, hosted: Hosted, *, keep_upper: bool) -> None:
+        sandbox.unwatch()
+        sandbox.hosted = None
+        await self._hosting.end(hosted, keep_upper=keep_upper)
+
+    async def _thaw(self, hosted: Hosted) -> None:
+        try:
+            await hosted.machine.resume()
+        except RuntimeFailure as error:
+            log.warning("machine.thaw_failed", machine_id=hosted.spec.machine_id, error=str(error))
+
+    async def resume(
+        self, sandbox: Sandbox, deadline_ms: int, on_timeout: TimeoutAction | None, discard_memory: bool
+    ) -> Status:
+        record = sandbox.require(State.PAUSED)
+        began = time.monotonic()
+        running = replace(
+            record,
+            state=State.RUNNING,
+            deadline_ms=deadline_ms,
+            on_timeout=on_timeout or record.on_timeout,
+            started_ms=now_ms(),
+            changed_ms=now_ms(),
+        )
+        kept = "none"
+        if sandbox.hosted is not None and not discard_memory and await self._resume_frozen(sandbox, running):
+            kept = "frozen"
+        elif record.saved is not None and record.saved.memory:
+            await self._resume_saved(sandbox, running, discard_memory=discard_memory)
+            kept = "none" if discard_memory else "saved"
+        else:
+            await self._resume_files(sandbox, running)
+        ms = round((time.monotonic() - began) * 1000, 1)
+        log.info("sandbox.resumed", sandbox_id=sandbox.sandbox_id, memory=kept, ms=ms)
+        return sandbox.status()
+
+    async def _resume_frozen(self, sandbox: Sandbox, running: SandboxRecord) -> bool:
+        """Let the frozen machine go on; False when it cannot, and the files must do."""
+        hosted = sandbox.hosted
+        assert hosted is not None
+        try:
+            await hosted.machine.resume()
+            await hosted.agent.init(identity.again(running))
+        except (RuntimeFailure, AgentFailure) as error:
+            log.warning("sandbox.frozen_lost", sandbox_id=sandbox.sandbox_id, error=str(error))
+            return False
+        except BaseException:
+            await finish(self._freeze_again(hosted))
+            raise
+        try:
+            await self._machines.run_on(sandbox, hosted, running)
+        except BaseException:
+            await finish(self._freeze_again(hosted))
+            raise
+        return True
+
+    async def _freeze_again(self, hosted: Hosted) -> None:
+        try:
+            await hosted.machine.pause()
+        except RuntimeFailure as error:
+            log.warning("machine.freeze_failed", machine_id=hosted.spec.machine_id, error=str(error))
+
+    async def _resume_saved(self, sandbox: Sandbox, running: SandboxRecord, *, discard_memory: bool) -> None:
+        assert running.saved is not None
+        directory = self._machines.saved_dir / running.saved_directory
+        saved = running.saved.within(directory)
+        if discard_memory:
+            saved = replace(saved, memory=False)
+        secret = "" if discard_memory else running.saved.secret
+        hosted = await self._machines.with_room(
+            lambda: self._machines.preparing.machine(
+                running.image, running.limits, saved=saved, saved_secret=secret, network=running.network
+            )
+        )
+        await self._go_on(sandbox, hosted, running, keep_upper=False)
+        await remove_tree(directory)
+
+    async def _resume_files(self, sandbox: Sandbox, running: SandboxRecord) -> None:
+        """Start cold on the upper that the last machine left, in place."""
+        if sandbox.hosted is not None:
+            await finish(self.discard_frozen(sandbox))
+            assert sandbox.record is not None
+            running = replace(running, saved=sandbox.record.saved)
+        upper = self._hosting.uppers_dir / running.upper
+        self._hosting.check_unused(upper)
+        assert running.saved is not None
+        saved = running.saved.within(self._hosting.uppers_dir)
+        hosted = await self._machines.with_room(
+            lambda: self._machines.preparing.machine(
+                running.image, running.limits, saved=saved, upper=upper, network=running.network
+            )
+        )
+        await self._go_on(sandbox, hosted, running, keep_upper=True)
+
+    async def _go_on(self, sandbox: Sandbox, hosted: Hosted, running: SandboxRecord, *, keep_upper: bool) -> None:
+        try:
+            await hosted.agent.init(identity.again(running))
+            await self._machines.run_on(sandbox, hosted, running)
+        except BaseException:
+            await self._hosting.end(hosted, keep_upper=keep_upper)
+            raise
+
+    async def discard_frozen(self, sandbox: Sandbox) -> None:
+        """Turn a sandbox paused in memory into one paused with its files only."""
+        hosted, record = sandbox.hosted, sandbox.record
+        assert hosted is not None
+        assert record is not None
+        facts = SavedFacts(self._hosting.runtime.name, hosted.spec.upper.name, False, hosted.machine.record())
+        await self._machines.store(sandbox, replace(record, memory_kept=False, machine=None, saved=facts))
+        await self._leave_machine(sandbox, hosted, keep_upper=True)
