@@ -228,9 +228,8 @@ def _install_tree(files: list[Path], root: Path, cache: Path, what: str) -> None
         "root/.cache": downloads,  # of pip and of Go, which both find theirs below HOME
     }
     with _chroot_mounts(root, given):
-        _run(
-            "chroot", str(root), "/usr/lib/emberbox-lab/install", log=cache / "install.log", env=_registry_environment()
-        )
+        command = ("chroot", str(root), "/usr/lib/emberbox-lab/install", what)
+        _run(*command, log=cache / "install.log", env=_registry_environment())
 
 
 # ---- the working tree ----
