@@ -18,9 +18,11 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
+    type_coerce,
     update,
 )
 from sqlalchemy import column as sql_column
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -288,7 +290,7 @@ def _conditions(store: Store, wanted: SandboxFilter) -> list[ColumnElement[bool]
 
 def _metadata_has(store: Store, pairs: tuple[tuple[str, str], ...]) -> ColumnElement[bool]:
     if not store.is_sqlite:
-        return sandboxes.c.metadata.contains(dict(pairs))
+        return type_coerce(sandboxes.c.metadata, JSONB).contains(dict(pairs))
     matches: list[ColumnElement[bool]] = []
     for number, (key, value) in enumerate(pairs):
         entry = func.json_each(sandboxes.c.metadata).table_valued(

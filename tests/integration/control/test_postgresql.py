@@ -1,0 +1,60 @@
+"""The parts that depend on the database, on PostgreSQL: the same tests with another `world`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from emberbox.store.engine import Store
+from emberbox.store.migrate import HEAD, migrate, revision
+from tests.integration.control.test_accounts import (  # noqa: F401
+    test_a_body_that_is_not_what_it_should_be_is_400,
+    test_a_key_is_shown_once_masked_afterwards_and_gone_when_deleted,
+    test_use_of_a_key_is_recorded,
+    test_what_is_not_there_is_404_in_the_error_shape,
+)
+from tests.integration.control.test_lifecycle import (  # noqa: F401
+    test_a_sandbox_is_killed_in_the_middle_of_anything,
+    test_connects_at_once_resume_once,
+)
+from tests.integration.control.test_sandboxes import (  # noqa: F401
+    test_a_hundred_creates_at_once_respect_the_limit,
+    test_an_idempotency_key_in_use_is_409_and_a_failed_one_is_free_again,
+    test_lists_filter_order_and_page,
+    test_metrics_are_kept_from_the_nodes_samples,
+    test_the_same_idempotency_key_and_body_give_the_same_sandbox,
+)
+from tests.integration.control.test_templates import (  # noqa: F401
+    test_named_snapshots_are_found_paged_and_deleted_one_by_one,
+    test_tags_mean_the_build_they_were_assigned_to_last,
+)
+from tests.support.control import World, serving_world
+from tests.support.postgres import Cluster, cluster, missing
+
+if reason := missing():
+    pytest.skip(reason, allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def postgresql() -> Iterator[Cluster]:
+    with cluster() as made:
+        yield made
+
+
+@pytest.fixture
+async def world(postgresql: Cluster) -> AsyncIterator[World]:
+    async with serving_world(database_url=postgresql.new_database()) as made:
+        yield made
+
+
+async def test_two_processes_may_migrate_at_once(postgresql: Cluster) -> None:
+    url = postgresql.new_database()
+    stores = [Store(url) for _ in range(3)]
+    try:
+        await asyncio.gather(*(migrate(store) for store in stores))
+        assert await revision(stores[0]) == HEAD
+    finally:
+        for store in stores:
+            await store.close()
