@@ -110,11 +110,14 @@ def listen(server: grpc.aio.Server, settings: Settings) -> None:
             f"node_address {target!r} is a TCP address, where the node answers over mutual TLS only; set "
             "EMBERBOX_NODE_TLS_CERT, EMBERBOX_NODE_TLS_KEY and EMBERBOX_NODE_TLS_CA"
         )
-    credentials = grpc.ssl_server_credentials(
-        [(key.read_bytes(), certificate.read_bytes())],
-        root_certificates=authority.read_bytes(),
-        require_client_auth=True,
-    )
+    try:
+        credentials = grpc.ssl_server_credentials(
+            [(key.read_bytes(), certificate.read_bytes())],
+            root_certificates=authority.read_bytes(),
+            require_client_auth=True,
+        )
+    except OSError as error:
+        raise BadValue(f"the node's certificate cannot be read: {error}") from error
     _bind(lambda: server.add_secure_port(target, credentials), target)
 
 
