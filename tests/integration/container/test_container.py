@@ -132,6 +132,21 @@ async def test_saved_files_start_in_another_machine_with_their_owners(world: Wor
     assert (await guest.run("cat /home/user/note")).text == "later"
 
 
+async def test_a_disk_is_used_again_after_its_machine_ended(world: World, tmp_path: Path) -> None:
+    guest = await world.machine(disk_mb=1024)
+    await guest.run(
+        "dd if=/dev/urandom of=/data bs=1M count=100 2>/dev/null; sha256sum /data > /sum; echo x >> /etc/hosts"
+    )
+    kept = tmp_path / "kept.ext4"
+    guest.spec.upper.rename(kept)
+
+    await world.end(guest)
+    other = await world.machine(upper=kept, hostname="renamed")
+    output = await other.run("sha256sum -c /sum; tail -1 /etc/hosts; grep -c localhost /etc/hosts; sudo hostname")
+
+    assert output.text.splitlines() == ["/data: OK", "127.0.1.1\trenamed", "1", "renamed"]
+
+
 async def test_a_save_in_a_paused_machine_leaves_it_paused(world: World, tmp_path: Path) -> None:
     guest = await world.machine()
     await guest.machine.pause()

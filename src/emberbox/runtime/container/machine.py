@@ -148,25 +148,34 @@ async def end_container(
 ) -> None:
     """End every process and remove every trace. Idempotent, and right for half-made containers.
 
+    Args:
+        process: the machine's first process; None when it is not known. All others end with it.
+
     Raises:
         RuntimeFailure: a process could not be ended.
     """
     if process is not None:
-        processes.kill(process)
-    await asyncio.to_thread(_kill_members, cgroup)
-    if process is not None:
-        try:
-            async with asyncio.timeout(_END_SECONDS):
-                await processes.wait_for_end(process)
-        except TimeoutError:
-            raise RuntimeFailure(f"the machine's processes did not end within {_END_SECONDS:g} s") from None
-    await oci.delete(machine_id)
+        await _end_process(process, cgroup)
+        await oci.forget(machine_id)
+    else:
+        await to_thread_whole(_kill_members, cgroup)
+        await oci.delete(machine_id)
     await to_thread_whole(cgroup.remove)
     await to_thread_whole(root.remove)
 
 
+async def _end_process(process: ProcessId, cgroup: Cgroup) -> None:
+    processes.kill(process)
+    with contextlib.suppress(OSError):
+        await asyncio.to_thread(cgroup.request_freeze, False)  # a frozen process cannot die
+    try:
+        async with asyncio.timeout(_END_SECONDS):
+            await processes.wait_for_end(process)
+    except TimeoutError:
+        raise RuntimeFailure(f"the machine's processes did not end within {_END_SECONDS:g} s") from None
+
+
 def _kill_members(cgroup: Cgroup) -> None:
-    """Kill what is in the cgroup, and let frozen processes go so that they can die."""
     for pid in cgroup.members():
         identity = processes.identify(pid)
         if identity is not None:

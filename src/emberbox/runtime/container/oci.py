@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 from emberbox.commands import CommandFailed, run
 from emberbox.runtime.errors import RuntimeFailure
+from emberbox.threads import to_thread_whole
 
 _DELETE_SECONDS = 20.0
 
@@ -71,6 +73,14 @@ class OciRuntime:
         except CommandFailed as error:
             if (self.state / machine_id).exists():
                 raise RuntimeFailure(f"the container {machine_id} could not be deleted: {error}") from error
+
+    async def forget(self, machine_id: str) -> None:
+        """Take the record of a container away whose processes have ended. Idempotent."""
+        if Path(self.program).name == "runc":
+            # `runc delete` takes 25 ms, and would besides only remove the cgroup, which its owner here does.
+            await to_thread_whole(shutil.rmtree, self.state / machine_id, ignore_errors=True)
+        else:
+            await self.delete(machine_id)
 
     def known(self) -> list[str]:
         """IDs of containers that it has a record of."""
