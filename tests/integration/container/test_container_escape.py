@@ -107,7 +107,7 @@ async def test_sockets_below_ip_are_refused(guest: Guest) -> None:
         "    'raw': (2, 3, 1), 'raw-ip': (2, 3, 255), 'packet': (17, 3, 0x300), 'packet-dgram': (17, 2, 0x300),\n"
         "    'alg': (38, 5, 0), 'vsock': (40, 1, 0), 'xdp': (44, 3, 0), 'bluetooth': (31, 3, 0), 'can': (29, 3, 1),\n"
         "    'netfilter': (16, 3, 12), 'xfrm': (16, 3, 6), 'generic': (16, 3, 16), 'key': (15, 3, 2),\n"
-        "    'raw6': (10, 3, 58), 'tipc': (30, 1, 0), 'rds': (21, 5, 0)}.items():\n"
+        "    'uevent': (16, 3, 15), 'raw6': (10, 3, 58), 'tipc': (30, 1, 0), 'rds': (21, 5, 0)}.items():\n"
         "    try: socket.socket(*args); print(name, 'worked')\n"
         "    except OSError: pass\n",
     )
@@ -281,6 +281,26 @@ async def test_the_users_set_user_id_programs_work_and_stay_inside(guest: Guest)
     on_host = guest.machine._root.upper / "u/tmp/b"
     assert output.text == "0"
     assert on_host.stat().st_uid >= 1_000_000_000
+
+
+async def test_other_users_of_the_host_reach_neither_layers_nor_machines(guest: Guest, world: World) -> None:
+    """A layer has set-user-id programs of the real root."""
+    base = Path("/run") / world.settings.instance
+    layer = next((base / "layers").iterdir())
+    flags = next(line for line in Path("/proc/mounts").read_text().splitlines() if str(layer) in line).split()[3]
+
+    folders = (layer, guest.machine._root.directory, guest.machine._root.upper, world.data / "node")
+    listing = await asyncio.to_thread(
+        subprocess.run,
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "ls", *folders],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert {"ro", "nosuid", "nodev"} <= set(flags.split(","))
+    assert listing.stdout == ""
+    assert listing.stderr.count("Permission denied") == 4
 
 
 @contextlib.contextmanager

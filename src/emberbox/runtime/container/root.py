@@ -91,10 +91,15 @@ class Layers:
         target = self._directory / image.stem
         if image.stem in self._mounted and os.path.ismount(target):
             return target
-        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # A layer holds set-user-id programs of the real root, and a template may bring any: no other user of the host
+        # reaches them, and the host's kernel would not heed the bit.
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._directory.chmod(0o700)
+        target.mkdir(mode=0o700, exist_ok=True)
         if not os.path.ismount(target):
+            flags = mounts.MS_RDONLY | mounts.MS_NODEV | mounts.MS_NOSUID
             with loops.attach(image, read_only=True, direct=True) as device:
-                mounts.mount(device.path, target, "erofs", mounts.MS_RDONLY | mounts.MS_NODEV)
+                mounts.mount(device.path, target, "erofs", flags)
         self._mounted[image.stem] = image
         return target
 

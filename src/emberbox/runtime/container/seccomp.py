@@ -65,7 +65,8 @@ _CLONE_NEW = 0x7E020000
 _UNSHARE_NEW = _CLONE_NEW | 0x80
 
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
-_NETLINK_ROUTE, _NETLINK_SOCK_DIAG, _NETLINK_AUDIT, _NETLINK_KOBJECT_UEVENT = 0, 4, 9, 15
+# Not KOBJECT_UEVENT: the slot's namespace is the host's, and gets the events of the host's devices.
+_NETLINK_ROUTE, _NETLINK_SOCK_DIAG, _NETLINK_AUDIT = 0, 4, 9
 
 # personality(2): Linux, with and without ADDR_NO_RANDOMIZE (debuggers) and UNAME26, and the question what it is.
 _PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0x40000, 0xFFFFFFFF)
@@ -88,7 +89,7 @@ def profile() -> dict[str, Any]:
             *(_allowed("socket", _equal(0, family)) for family in (_AF_UNIX, _AF_INET, _AF_INET6)),
             *(
                 _allowed("socket", _equal(0, _AF_NETLINK), _equal(2, protocol))
-                for protocol in (_NETLINK_ROUTE, _NETLINK_SOCK_DIAG, _NETLINK_AUDIT, _NETLINK_KOBJECT_UEVENT)
+                for protocol in (_NETLINK_ROUTE, _NETLINK_SOCK_DIAG, _NETLINK_AUDIT)
             ),
             _allowed("socketpair", _equal(0, _AF_UNIX)),
             *(_allowed("personality", _equal(0, value)) for value in _PERSONALITIES),
