@@ -11,6 +11,7 @@ import grpc
 
 from emberbox.cli.errors import CliError
 from emberbox.settings import Settings
+from emberbox.tls import node_channel_credentials
 from emberbox.wire import node_pb2, node_pb2_grpc
 
 KILLS_AT_ONCE = 8
@@ -80,5 +81,7 @@ def _kill(node: node_pb2_grpc.NodeStub, sandbox_id: str) -> str | None:
 
 @contextmanager
 def _node(settings: Settings) -> Iterator[node_pb2_grpc.NodeStub]:
-    with grpc.insecure_channel(settings.node_target) as channel:
+    target = settings.node_target
+    credentials = node_channel_credentials(settings)
+    with grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target) as channel:
         yield node_pb2_grpc.NodeStub(channel)

@@ -16,7 +16,7 @@ from emberbox.control.lifecycle import Lifecycle
 from emberbox.control.limits import RateLimits
 from emberbox.control.logs import Logs
 from emberbox.control.metrics import Metrics
-from emberbox.control.nodes import Node, Nodes
+from emberbox.control.nodes import Node, Nodes, channel_credentials
 from emberbox.control.plane import Plane
 from emberbox.control.reconcile import Reconciler, watch
 from emberbox.control.sandboxes import Sandboxes
@@ -30,6 +30,7 @@ from emberbox.store import metrics as metric_rows
 from emberbox.store import sandboxes as sandbox_rows
 from emberbox.store.engine import Store
 from emberbox.store.migrate import migrate
+from emberbox.tls import node_channel_credentials
 from emberbox.wire import edge_pb2
 
 log = structlog.get_logger()
@@ -47,7 +48,15 @@ class ControlPlane:
         self.plane = Plane(
             settings=settings,
             store=self.store,
-            nodes=Nodes([Node(settings.node_target, time_scale=settings.time_scale)]),
+            nodes=Nodes(
+                [
+                    Node(
+                        settings.node_target,
+                        time_scale=settings.time_scale,
+                        credentials=channel_credentials(settings),
+                    )
+                ]
+            ),
             edge=self._edge,
             tokens=SandboxTokens.load(settings.api_dir / "secret.key"),
         )
