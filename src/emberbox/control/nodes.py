@@ -13,7 +13,6 @@ import structlog
 
 from emberbox.control import errors
 from emberbox.control.clock import now_ms
-from emberbox.settings import Settings
 from emberbox.wire import node_pb2 as pb
 from emberbox.wire import node_pb2_grpc
 
@@ -196,27 +195,6 @@ class Node:
             return await getattr(self._stub, method)(request, timeout=_SECONDS[method] * self._scale)
         except grpc.aio.AioRpcError as error:
             raise translated(error) from error
-
-
-def channel_credentials(settings: Settings) -> grpc.ChannelCredentials | None:
-    """Mutual TLS towards a node on another host, as the settings have it; None for a unix socket.
-
-    Raises:
-        OSError: a certificate or key cannot be read.
-    """
-    if settings.node_target.startswith("unix:"):
-        return None
-    certificate, key, authority = settings.node_tls_cert, settings.node_tls_key, settings.node_tls_ca
-    if certificate is None or key is None or authority is None:
-        raise errors.Invalid(
-            f"node address {settings.node_target!r} is not a unix socket, which needs EMBERBOX_NODE_TLS_CERT, "
-            "EMBERBOX_NODE_TLS_KEY and EMBERBOX_NODE_TLS_CA"
-        )
-    return grpc.ssl_channel_credentials(
-        root_certificates=authority.read_bytes(),
-        private_key=key.read_bytes(),
-        certificate_chain=certificate.read_bytes(),
-    )
 
 
 class Nodes:

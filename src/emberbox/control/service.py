@@ -16,7 +16,7 @@ from emberbox.control.lifecycle import Lifecycle
 from emberbox.control.limits import RateLimits
 from emberbox.control.logs import Logs
 from emberbox.control.metrics import Metrics
-from emberbox.control.nodes import Node, Nodes, channel_credentials
+from emberbox.control.nodes import Node, Nodes
 from emberbox.control.plane import Plane
 from emberbox.control.reconcile import Reconciler, watch
 from emberbox.control.sandboxes import Sandboxes
@@ -53,7 +53,7 @@ class ControlPlane:
                     Node(
                         settings.node_target,
                         time_scale=settings.time_scale,
-                        credentials=channel_credentials(settings),
+                        credentials=node_channel_credentials(settings),
                     )
                 ]
             ),
