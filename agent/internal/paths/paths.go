@@ -27,9 +27,6 @@ func Resolve(path, home, workdir string) (string, error) {
 	if path == "" {
 		path = workdir
 	}
-	if strings.IndexByte(path, 0) >= 0 {
-		return "", ErrNUL
-	}
 	switch {
 	case path == "~" || path == "":
 		path = home
@@ -42,6 +39,9 @@ func Resolve(path, home, workdir string) (string, error) {
 		path = filepath.Join(home, path)
 	}
 	path = filepath.Join("/", path)
+	if strings.IndexByte(path, 0) >= 0 { // of the client, or of a passwd file that users wrote
+		return "", ErrNUL
+	}
 	if len(path) >= maxPath {
 		return "", ErrTooLong
 	}

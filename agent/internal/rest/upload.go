@@ -31,24 +31,35 @@ type written struct {
 // upload writes one file (octet-stream) or several (multipart), each as the
 // user, with missing parents, replacing what was there.
 func (a *API) upload(w http.ResponseWriter, r *http.Request) {
-	if err := a.mayUse(r, "write"); err != nil {
+	done, err := a.take(r)
+	if err != nil {
+		// A client that is still sending when the connection closes sees a reset instead of the
+		// answer; so the rest is taken in, within reason.
+		_, _ = io.CopyN(io.Discard, r.Body, maxDrained)
 		failWith(w, err)
 		return
+	}
+	reply(w, done)
+}
+
+// maxDrained bounds how much of a refused upload is taken in to deliver the refusal.
+const maxDrained = 256 << 20
+
+func (a *API) take(r *http.Request) ([]written, error) {
+	if err := a.mayUse(r, "write"); err != nil {
+		return nil, err
 	}
 	u, err := a.user(r.URL.Query().Get("username"))
 	if err != nil {
-		failWith(w, err)
-		return
+		return nil, err
 	}
 	metadata, err := entry.FromHeaders(r.Header)
 	if err != nil {
-		failWith(w, err)
-		return
+		return nil, err
 	}
 	body, size, err := bodyOf(r)
 	if err != nil {
-		failWith(w, err)
-		return
+		return nil, err
 	}
 	up := uploader{api: a, user: u, metadata: metadata, path: r.URL.Query().Get("path")}
 	kind, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
@@ -60,11 +71,7 @@ func (a *API) upload(w http.ResponseWriter, r *http.Request) {
 	default:
 		err = fail(http.StatusBadRequest, "content type '%s' is not supported: send multipart/form-data or application/octet-stream", r.Header.Get("Content-Type"))
 	}
-	if err != nil {
-		failWith(w, err)
-		return
-	}
-	reply(w, up.done)
+	return up.done, err
 }
 
 // bodyOf returns the request's body, decompressed, and its size where known (-1 where not).
@@ -207,31 +214,30 @@ func openToWrite(path string, size int64) (*os.File, error) {
 	case err != nil:
 		return nil, fmt.Errorf("error opening file '%s': %w", path, err)
 	}
-	err = onlyRegular(fd, path)
-	if err == nil {
-		err = fits(fd, size)
-	}
-	if err == nil {
-		err = unix.Ftruncate(fd, 0)
-	}
-	if err != nil {
+	if err = ready(fd, path, size); err != nil {
 		_ = unix.Close(fd)
 		return nil, err
 	}
 	return os.NewFile(uintptr(fd), path), nil
 }
 
-func fits(fd int, size int64) error {
-	if size <= 0 {
-		return nil
+// ready empties an open file for size bytes (negative: unknown).
+func ready(fd int, path string, size int64) error {
+	if err := onlyRegular(fd, path); err != nil {
+		return err
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
 	}
 	var fs unix.Statfs_t
-	var st unix.Stat_t
-	if unix.Fstatfs(fd, &fs) != nil || unix.Fstat(fd, &st) != nil || fs.Blocks == 0 {
-		return nil // cannot tell: the write will
+	if size > 0 && unix.Fstatfs(fd, &fs) == nil && fs.Blocks > 0 {
+		if free := int64(fs.Bavail)*fs.Bsize + st.Blocks*512; size > free {
+			return unix.ENOSPC
+		}
 	}
-	if free := int64(fs.Bavail)*fs.Bsize + st.Blocks*512; size > free {
-		return unix.ENOSPC
+	if st.Size == 0 {
+		return nil // truncating would tell watchers of a write that changed nothing
 	}
-	return nil
+	return unix.Ftruncate(fd, 0)
 }

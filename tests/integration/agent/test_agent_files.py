@@ -142,9 +142,9 @@ def test_a_full_disk_is_507_and_keeps_the_old_content(machine: AgentMachine, san
     sandbox.files.write("/mnt/small/f", "old")
 
     with pytest.raises(NotEnoughSpaceException):
-        sandbox.files.write("/mnt/small/f", b"x" * 3_000_000, use_octet_stream=True)
+        sandbox.files.write("/mnt/small/f", b"x" * 40_000_000, use_octet_stream=True)
     with pytest.raises(NotEnoughSpaceException):
-        sandbox.files.write("/mnt/small/g", b"x" * 3_000_000)
+        sandbox.files.write("/mnt/small/g", b"x" * 40_000_000)
 
     assert sandbox.files.read("/mnt/small/f") == "old"
     sandbox.commands.run("umount /mnt/small", user="root")
@@ -233,6 +233,8 @@ def test_a_signature_opens_one_file_for_one_operation(
     assert machine.call("GET", "/files?path=/home/user/signed.txt")[0] == 401
     with pytest.raises(AuthenticationException):
         connect(machine, "wrong").files.read("/home/user/signed.txt")
+    with pytest.raises(AuthenticationException):
+        connect(machine, "wrong").files.write("/home/user/big", b"x" * 20_000_000)
     with pytest.raises(AuthenticationException):
         connect(machine, "wrong").commands.run("true")
     assert sandbox.commands.run("echo in").stdout == "in\n"
