@@ -27,6 +27,9 @@ func Resolve(path, home, workdir string) (string, error) {
 	if path == "" {
 		path = workdir
 	}
+	if hasNUL(path) {
+		return "", ErrNUL
+	}
 	switch {
 	case path == "~" || path == "":
 		path = home
@@ -39,7 +42,7 @@ func Resolve(path, home, workdir string) (string, error) {
 		path = filepath.Join(home, path)
 	}
 	path = filepath.Join("/", path)
-	if strings.IndexByte(path, 0) >= 0 { // of the client, or of a passwd file that users wrote
+	if hasNUL(path) { // of the home: users write passwd files
 		return "", ErrNUL
 	}
 	if len(path) >= maxPath {
@@ -47,3 +50,5 @@ func Resolve(path, home, workdir string) (string, error) {
 	}
 	return path, nil
 }
+
+func hasNUL(path string) bool { return strings.IndexByte(path, 0) >= 0 }
