@@ -344,3 +344,20 @@ async def test_slots_outlive_the_process_and_are_adopted_or_swept(settings: Sett
     await second.give_back(adopted)
     await second.close()
     assert _traces(settings) == []
+
+
+async def test_the_table_of_another_release_is_replaced(settings: Settings, internet: Internet) -> None:
+    Nft().run(
+        f"add table inet {settings.instance}\n"
+        f"add set inet {settings.instance} sources {{ type ipv4_addr; }}\n"
+        f"add element inet {settings.instance} sources {{ 192.0.2.1 }}\n"
+    )
+
+    slots = Slots(settings)
+    await slots.start()
+    slot = await slots.take()
+
+    assert await _inside(slot, _connect, internet.one) == "100.127.255.1"
+    await slots.give_back(slot)
+    await slots.close()
+    assert _traces(settings) == []

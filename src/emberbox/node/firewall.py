@@ -168,7 +168,15 @@ class Firewall:
             raise NetworkFailure(str(error)) from error
         # Slots are let in by their number, many at once: a transaction for each would cost more than the slot.
         self._admitted = min(_ADMITTED_AT_ONCE, self._slot_count)
-        await self._run(self._common(dns_port) + self._sources(range(self._admitted)))
+        rules = self._common(dns_port) + self._sources(range(self._admitted))
+        try:
+            await self._run(rules)
+        except NetworkFailure as error:
+            # A table of another release, with the same names for other things. Slots in use have the open policy
+            # until their policies are applied again, which follows their adoption.
+            log.warning("firewall.replaced", table=self._table, why=str(error))
+            await self.clear()
+            await self._run(rules)
 
     async def admit(self, index: int) -> None:
         """Let a new slot in, with the open policy."""
