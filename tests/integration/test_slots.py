@@ -30,13 +30,15 @@ OPEN = NetworkPolicy()
 
 
 class Internet:
-    """A namespace behind a veth pair of the test: servers on addresses of the documentation networks (RFC 5737)."""
+    """A namespace behind a veth pair of the test: servers on addresses of TEST-NET-2 (RFC 5737)."""
 
     def __init__(self) -> None:
         tag = secrets.token_hex(3)
         self.name = f"ebi{tag}"
-        third = secrets.randbelow(250)
-        self.one, self.two, self.resolver = (f"198.51.100.{third}", f"203.0.113.{third}", f"192.0.2.{third}")
+        # The half of TEST-NET-2 that the agent's tests leave alone. The other two documentation networks are the real
+        # network of some hosts: a route of ours there would cut them off.
+        last = 128 + secrets.randbelow(42) * 3
+        self.one, self.two, self.resolver = (f"198.51.100.{last + n}" for n in range(3))
         self._link = f"ebi{tag}h"
         self._server: subprocess.Popen[bytes] | None = None
 

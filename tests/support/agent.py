@@ -71,7 +71,9 @@ exec setpriv --bounding-set=-sys_time,-sys_ptrace,-sys_module,-sys_boot,-syslog,
 
 
 def build() -> Path:
-    """Build emberd when its sources are newer, and return it."""
+    """Build emberd when its sources are newer, and return it; `EMBERD` names another, such as one with race detection."""
+    if chosen := os.environ.get("EMBERD"):
+        return Path(chosen)
     binary = AGENT / "build" / "emberd"
     newest = max(p.stat().st_mtime for p in AGENT.rglob("*.go"))
     if not binary.exists() or binary.stat().st_mtime < newest:
@@ -184,12 +186,15 @@ class AgentMachine:
 
 
 def _free_pair() -> tuple[str, str]:
-    """Two addresses of an unused /30 of the documentation networks (RFC 5737), which no instance routes."""
+    """Two addresses of an unused /30 of TEST-NET-2's lower half (RFC 5737), which no instance routes.
+
+    Not of the other two documentation networks: they are the real network of some hosts, which a route of ours there
+    would cut off.
+    """
     taken = subprocess.run(["ip", "-4", "-o", "addr"], check=True, capture_output=True, text=True).stdout
     pairs = [
-        (f"{net}.{n * 4 + 1}", f"{net}.{n * 4 + 2}")
-        for net in ("198.51.100", "203.0.113")
-        for n in range(64)
-        if f" {net}.{n * 4 + 1}/" not in taken
+        (f"198.51.100.{n * 4 + 1}", f"198.51.100.{n * 4 + 2}")
+        for n in range(32)
+        if f" 198.51.100.{n * 4 + 1}/" not in taken
     ]
     return secrets.choice(pairs)
