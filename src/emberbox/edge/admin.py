@@ -12,6 +12,7 @@ from emberbox.edge.errors import AdminFailed
 
 # HAProxy reads a command with its payload into one buffer (tune.bufsize, 16 KiB at least).
 _PAYLOAD_BYTES = 12_000
+_NO_KEY = "Key not found."
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,22 @@ class Admin:
         """Start the reload. In newer HAProxy the answer comes when it is done, so it may take long."""
         await self._ask(self._master_socket, "reload")
 
+    async def add_map(self, path: Path, key: str, value: str) -> None:
+        """Add an entry that is new."""
+        # Taken away first, as `add map` of a key that is there would have it twice.
+        answer = await self._ask(self._worker_socket, f"del map {path} {key};add map {path} {key} {value}")
+        if answer.strip() not in ("", _NO_KEY):
+            raise AdminFailed(f"HAProxy answered 'add map' with {answer.strip()[:200]!r}")
+
     async def set_map(self, path: Path, key: str, value: str) -> None:
-        """Add an entry, or change it in place."""
-        # `add map` of a key that is there would add it a second time.
-        if not await self._try("set", path, f"{key} {value}"):
-            await self._map("add", path, f"{key} {value}")
+        """Change an entry in place."""
+        await self._expect_nothing(f"set map {path} {key} {value}")
 
     async def del_map(self, path: Path, key: str) -> None:
         """Take an entry away. It may be missing."""
-        await self._try("del", path, key)
+        answer = await self._ask(self._worker_socket, f"del map {path} {key}")
+        if answer.strip() not in ("", _NO_KEY):
+            raise AdminFailed(f"HAProxy answered 'del map' with {answer.strip()[:200]!r}")
 
     async def show_map(self, path: Path) -> dict[str, str]:
         entries = {}
@@ -98,17 +106,6 @@ class Admin:
             match = re.match(r"(0x[0-9a-f]+): .* srv=(\S+) ", line)
             if match and match[2] in servers:
                 await self._ask(self._master_socket, f"@!{worker} shutdown session {match[1]}")
-
-    async def _map(self, verb: str, path: Path, rest: str) -> None:
-        await self._expect_nothing(f"{verb} map {path} {rest}")
-
-    async def _try(self, verb: str, path: Path, rest: str) -> bool:
-        answer = await self._ask(self._worker_socket, f"{verb} map {path} {rest}")
-        if not answer.strip():
-            return True
-        if "not found" in answer.lower():
-            return False
-        raise AdminFailed(f"HAProxy answered '{verb} map' with {answer.strip()[:200]!r}")
 
     async def _expect_nothing(self, command: str) -> None:
         if answer := (await self._ask(self._worker_socket, command)).strip():

@@ -89,12 +89,13 @@ class Door:
     async def set_route(self, route: Route) -> None:
         """Add or change a route; the next request follows it. Sessions to an address it had before are ended."""
         async with self._lock:
+            is_new = self.table.get(route.sandbox_id) is None
             placed, before = self.table.put(route)
             await asyncio.to_thread(self.table.save)
             if self.table.capacity != self._rendered_for:
                 await self._reload()
             else:
-                await self._tell(placed)
+                await self._tell(placed, is_new=is_new)
             if before is not None:
                 await self._end_sessions(before.lanes)
 
@@ -130,9 +131,10 @@ class Door:
                 await self._compare()
             await self._end_sessions(freed)
 
-    async def _tell(self, placed: Placed) -> None:
+    async def _tell(self, placed: Placed, *, is_new: bool) -> None:
+        change = self._admin.add_map if is_new else self._admin.set_map
         try:
-            await self._admin.set_map(self.paths.routes, placed.route.sandbox_id, placed.value)
+            await change(self.paths.routes, placed.route.sandbox_id, placed.value)
         except AdminFailed as error:
             await self._recover(error)
 

@@ -181,6 +181,7 @@ class RouteTable:
     def __init__(self, path: Path, *, lanes: int, tls_lanes: int) -> None:
         self.path = path
         self._placed: dict[str, Placed] = {}
+        self._lines: dict[str, str] = {}
         self._lanes = LanePool(lanes)
         self._tls_lanes = LanePool(tls_lanes, tls=True)
 
@@ -215,7 +216,7 @@ class RouteTable:
             if sandbox_id in self._placed or not self._claim(placed):
                 refused.append(f"{sandbox_id}: the line or its lane is there twice")
                 continue
-            self._placed[sandbox_id] = placed
+            self._keep(placed)
         return refused
 
     def put(self, route: Route) -> tuple[Placed, Placed | None]:
@@ -229,10 +230,10 @@ class RouteTable:
             keeps_tls = bool(before.tls_lane) == bool(route.https_ports)
             if keeps_tls:
                 placed = Placed(route, before.lane, before.tls_lane)
-                self._placed[route.sandbox_id] = placed
+                self._keep(placed)
                 return placed, None
         placed = Placed(route, self._lanes.take(), self._tls_lanes.take() if route.https_ports else None)
-        self._placed[route.sandbox_id] = placed
+        self._keep(placed)
         if before is not None:
             self._give_back(before)
         return placed, before
@@ -241,6 +242,7 @@ class RouteTable:
         """Take a route away. Returns it, or None when there was none."""
         placed = self._placed.pop(sandbox_id, None)
         if placed is not None:
+            del self._lines[sandbox_id]
             self._give_back(placed)
         return placed
 
@@ -250,9 +252,12 @@ class RouteTable:
         Not synced to the disk: after a power cut there are no machines to route to.
         """
         fresh = self.path.with_suffix(".new")
-        text = "".join(f"{sandbox_id} {placed.value}\n" for sandbox_id, placed in self._placed.items())
-        fresh.write_text(text)
+        fresh.write_text("".join(self._lines.values()))
         os.replace(fresh, self.path)
+
+    def _keep(self, placed: Placed) -> None:
+        self._placed[placed.route.sandbox_id] = placed
+        self._lines[placed.route.sandbox_id] = f"{placed.route.sandbox_id} {placed.value}\n"
 
     def _claim(self, placed: Placed) -> bool:
         if not self._lanes.claim(placed.lane):
