@@ -32,6 +32,7 @@ from emberbox.node.firewall import (
     machine_address,
     parse_policy,
 )
+from emberbox.node.host_filter import HostFilter
 from emberbox.runtime.base import Slot
 from emberbox.settings import Settings
 from emberbox.threads import to_thread_whole
@@ -43,7 +44,7 @@ log = structlog.get_logger("emberbox.node")
 _INSIDE = "eth0"
 _REUSE_AFTER_SECONDS = 10.0
 """An address rests after its machine: late packets and clients of the old one must not meet the new one."""
-_CHECK_SECONDS = 15.0
+_CHECK_SECONDS = 30.0
 _RETRY_SECONDS = 5.0
 
 # In the namespace. It belongs to the host's user namespace, so that low ports and ping need to be given to everybody.
@@ -63,6 +64,7 @@ class Slots:
         self._network = settings.slot_network
         self._taps = taps
         self._firewall = Firewall(settings)
+        self._host_filter = HostFilter(settings.instance)
         self._forwarder = Forwarder(self._network, settings.dns_upstreams, self._firewall.allow_names)
         self._ready: deque[Slot] = deque()
         self._in_use: dict[int, Slot] = {}
@@ -87,6 +89,7 @@ class Slots:
         await self._forwarder.start()
         try:
             await self._firewall.start(self._forwarder.port)
+            await self._host_filter.open()
             for _ in range(self._settings.slots_ready):
                 self._ready.append(await self._make())
         except BaseException:
@@ -110,6 +113,7 @@ class Slots:
                 await self._firewall.remove(unused)
             else:
                 await self._firewall.clear()
+                await self._host_filter.close()
 
     # ---- for the node
 
@@ -282,6 +286,7 @@ class Slots:
     async def _watch_firewall(self) -> None:
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
+            await self._host_filter.open()  # Docker, started later, changes the host's policy
             if await self._firewall.is_there():
                 continue
             try:
