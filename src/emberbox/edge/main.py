@@ -103,7 +103,7 @@ async def _reload(door: Door) -> None:
 async def _listen(settings: Settings, service: EdgeService) -> grpc.aio.Server:
     target = settings.edge_target
     # The control plane pings every 20 s; gRPC's default hangs up on pings more often than every 5 minutes.
-    server = grpc.aio.server(options=[("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000)])
+    server = grpc.aio.server(options=[("grpc.http2.min_ping_interval_without_data_ms", 5_000)])
     edge_pb2_grpc.add_EdgeServicer_to_server(service, server)
     if target.startswith("unix:"):
         path = Path(target.removeprefix("unix://" if target.startswith("unix:///") else "unix:"))

@@ -59,7 +59,7 @@ async def serve(settings: Settings) -> None:
             ("grpc.max_receive_message_length", _MESSAGE_BYTES),
             ("grpc.so_reuseport", 0),
             # The control plane pings every 20 s; gRPC's default hangs up on pings more often than every 5 minutes.
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ]
     )
     node_pb2_grpc.add_NodeServicer_to_server(NodeService(node), server)
