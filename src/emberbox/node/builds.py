@@ -83,16 +83,20 @@ class Builds:
         layers_dir: Path,
         preparing: Preparing,
         layers_used: Callable[[], AsyncIterator[str]],
+        *,
+        ready: Callable[[Image, Limits], None],
     ) -> None:
         """
         Args:
             layers_used: every digest that a sandbox or snapshot of this node stands on.
+            ready: told of every finished build.
         """
         self._settings = settings
         self._layers_dir = layers_dir
         self._store = LayerStore(layers_dir)
         self._preparing = preparing
         self._layers_used = layers_used
+        self._ready = ready
         self._unwanted_path = layers_dir / "unwanted.json"
         self._running: set[str] = set()
 
@@ -142,6 +146,7 @@ class Builds:
         else:
             log.info("build.done", build_id=new.build_id, layers=len(made.layers), size_bytes=made.size_bytes)
             events.put_nowait(Done(image, made.size_bytes))
+            self._ready(image, new.limits)
 
     async def _build(self, new: NewBuild, progress: Callable[[str, float], None]) -> _Made:
         if new.steps or new.from_image or new.from_build is not None:

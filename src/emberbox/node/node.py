@@ -62,6 +62,7 @@ class Node:
             maximum=settings.warm_max,
             idle_seconds=settings.warm_idle_seconds,
             may_grow=self._may_grow,
+            busy=lambda: self.machines.counts.starting > 0,
         )
         self.machines = Machines(
             self.hosting,
@@ -76,7 +77,9 @@ class Node:
         )
         self.snapshots = Snapshots(self.machines, self.directory / "snapshots")
         self.metrics = Metrics(self.machines, self.events, self.logs)
-        self.builds = Builds(settings, self.directory / "layers", self.preparing, self._layers_used)
+        self.builds = Builds(
+            settings, self.directory / "layers", self.preparing, self._layers_used, ready=self.pool.expect
+        )
 
     async def start(self) -> None:
         """Adopt, sweep, and begin to work.

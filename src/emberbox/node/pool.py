@@ -29,8 +29,8 @@ _DEMAND_SECONDS = 30.0
 """A shelf aims at what was claimed in this time, within its bounds."""
 _FAILURE_PAUSE_SECONDS = 5.0
 _QUIET_SECONDS = 0.02
-"""A refill waits this long after the last create, so that it does not take the create's processor time."""
-_LONGEST_WAITS = 10
+"""A refill waits for this long a time without a create, so that it does not take the create's processor time."""
+_LONGEST_WAITS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,7 @@ class Pool:
         maximum: int,
         idle_seconds: float,
         may_grow: Callable[[], bool] = lambda: True,
+        busy: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
@@ -84,6 +85,7 @@ class Pool:
             minimum, maximum: machines kept for each template in use.
             idle_seconds: a template is in use until this long after its last create.
             may_grow: false while the node has no room for unclaimed machines.
+            busy: true while creates are under way.
         """
         self._hosting = hosting
         self._prepare = prepare
@@ -91,6 +93,7 @@ class Pool:
         self._maximum = maximum
         self._idle_seconds = idle_seconds
         self._may_grow = may_grow
+        self._busy = busy
         self._shelves: dict[PoolKey, Shelf] = {}
         self._tasks = Tasks()
         self._turn = asyncio.Semaphore(_REFILLS_AT_ONCE)
@@ -124,6 +127,13 @@ class Pool:
         if entry.watch is not None:
             entry.watch.cancel()
         return entry.hosted
+
+    def expect(self, image: Image, limits: Limits) -> None:
+        """A template was just built and is about to be used: have its first machine ready."""
+        if self._maximum and not self._closed:
+            shelf = self._shelves.setdefault(PoolKey.of(image, limits), Shelf(image, limits))
+            shelf.last_claim = time.monotonic()
+            self._refill(PoolKey.of(image, limits), shelf)
 
     def _target(self, shelf: Shelf, now: float) -> int:
         if now - shelf.last_claim > self._idle_seconds:
@@ -165,9 +175,9 @@ class Pool:
         """Let creates under way go first, for a short time."""
         for _ in range(_LONGEST_WAITS):
             rest = self._last_create + _QUIET_SECONDS - time.monotonic()
-            if rest <= 0:
+            if rest <= 0 and not self._busy():
                 return
-            await asyncio.sleep(rest)
+            await asyncio.sleep(max(rest, _QUIET_SECONDS))
 
     async def _watch(self, shelf: Shelf, entry: Entry) -> None:
         """Take a machine that died out of the pool."""

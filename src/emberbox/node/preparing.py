@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from pathlib import Path
 
 import structlog
@@ -27,6 +28,7 @@ from emberbox.runtime.errors import RuntimeFailure, SavedDamaged
 log = structlog.get_logger("emberbox.node")
 
 _META = "meta.json"
+_FAILURE_PAUSE_SECONDS = 60.0
 _ADAPTER = TypeAdapter(SavedFacts)
 
 
@@ -39,6 +41,7 @@ class Preparing:
         self._turn = asyncio.Semaphore(starts_at_once)
         self._remembers = hosting.runtime.capabilities.memory_snapshots
         self._making: dict[PoolKey, asyncio.Task[None]] = {}
+        self._rest_until: dict[PoolKey, float] = {}
         self._tasks = Tasks()
 
     @property
@@ -48,6 +51,8 @@ class Preparing:
 
     async def warm(self, image: Image, limits: Limits) -> Hosted:
         """Bring up a machine for the pool."""
+        if self._remembers:
+            await asyncio.shield(self._make_soon(PoolKey.of(image, limits), image, limits))
         hosted = await self.machine(image, limits)
         if self.waits_paused:
             try:
@@ -109,15 +114,21 @@ class Preparing:
             return None
         return facts.within(directory), facts.secret
 
-    def _make_soon(self, key: PoolKey, image: Image, limits: Limits) -> None:
-        if key not in self._making:
-            task = self._making[key] = self._tasks.start(self._make_quietly(image, limits), name=f"remember {key}")
+    def _make_soon(self, key: PoolKey, image: Image, limits: Limits) -> asyncio.Task[None]:
+        """Save the template's memory in the background, once; the task never fails."""
+        task = self._making.get(key)
+        if task is None:
+            task = self._making[key] = self._tasks.start(self._make_quietly(key, image, limits), name=f"remember {key}")
             task.add_done_callback(lambda _: self._making.pop(key, None))
+        return task
 
-    async def _make_quietly(self, image: Image, limits: Limits) -> None:
+    async def _make_quietly(self, key: PoolKey, image: Image, limits: Limits) -> None:
+        if time.monotonic() < self._rest_until.get(key, 0.0):
+            return
         try:
             await self.remember(image, limits)
         except (NodeError, RuntimeFailure, OSError) as error:
+            self._rest_until[key] = time.monotonic() + _FAILURE_PAUSE_SECONDS
             log.warning("template_memory.failed", build_id=image.build_id, error=str(error))
 
     async def remember(self, image: Image, limits: Limits) -> None:

@@ -6,6 +6,10 @@ import asyncio
 from typing import Any
 
 from emberbox.node.model import Image
+from emberbox.runtime.base import Limits
+
+IMAGE = Image(build_id="build1", layers=("aa",), env_vars={"FROM": "template"})
+LIMITS = Limits(cpu_count=1, memory_mb=128, disk_size_mb=512)
 
 
 async def until(check: Any, seconds: float = 5.0) -> None:
@@ -143,3 +147,14 @@ async def test_a_killed_create_returns_nothing_to_the_pool(make_world: Any) -> N
 
     await asyncio.gather(create, return_exceptions=True)
     assert machine.destroyed
+
+
+async def test_a_template_that_was_just_built_has_its_first_machine_ready(make_world: Any) -> None:
+    world = await make_world(warm_max=2)
+
+    world.node.pool.expect(IMAGE, LIMITS)
+
+    await until(lambda: world.node.pool.size == 1)
+    (waiting,) = world.node.pool.machine_ids
+    await world.create("s1")
+    assert world.runtime.of(world.node, "s1").spec.machine_id == waiting
