@@ -164,9 +164,9 @@ def folder(sandbox: Sandbox, request: pytest.FixtureRequest) -> str:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own_emberbox() -> Iterator[Emberbox]:
-    """An Emberbox of the test's own, to break."""
+    """An Emberbox of the module's own, to break. Its tests may use nothing of the shared one."""
     if GIVEN is not None:
         pytest.skip("breaks the Emberbox it uses; this one was given by E2B_API_URL")
     own = instance.start()

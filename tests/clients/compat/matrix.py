@@ -38,8 +38,12 @@ JAVASCRIPT_RELEASES = ["1.13.2", "2.0.1", "2.15.0", "2.29.1", "2.45.0", "newest"
 CLI_RELEASES = 2
 """How many of the newest releases of the CLI."""
 
-BY_NAME = {"1.11.1", "2.0.2", "1.13.2", "2.0.1"}
-"""Releases that cannot be given addresses; they find everything by name, over TLS, under E2B_DOMAIN."""
+BY_NAME = {"1.11.1", "2.0.2", "2.15.3", "1.13.2", "2.0.1"}
+"""Releases that are run by name, over TLS, under E2B_DOMAIN.
+
+The oldest cannot be given addresses. Python 2.15 can, but its `Sandbox.connect` then says nowhere which sandbox it
+means: it sends neither the host name nor the E2b-Sandbox-Id header.
+"""
 
 DOMAIN = "emberbox.test"
 CASE_SECONDS = 30.0
@@ -303,7 +307,8 @@ def write_page(releases: list[Release], runtime: str) -> None:
     about = (
         f"Tested on {today} with the `{runtime}` runtime by `make compat`. A dash: the release does not have it. "
         "`newest` is whatever the registry gave on that day. "
-        "The oldest releases cannot be given addresses and were run by name over TLS (`E2B_DOMAIN`)."
+        f"Run by name over TLS (`E2B_DOMAIN`) instead of by address: {', '.join(sorted(BY_NAME))}; the oldest cannot be "
+        "given addresses, and Python 2.15's `Sandbox.connect` sends no sandbox ID with `E2B_SANDBOX_URL`."
     )
     parts = [
         BEGIN,
@@ -328,6 +333,8 @@ def main() -> int:
         "javascript": (JAVASCRIPT_RELEASES, javascript_release),
         "cli": ([], cli_release),
     }
+    # What was started ends also when this is told to stop.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     releases: list[Release] = []
     with make_world() as world, an_emberbox(world) as emberbox:
         runtime = emberbox.status()["runtime"] if emberbox.data_dir else "given"

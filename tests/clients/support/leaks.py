@@ -90,11 +90,13 @@ def _processes(tag: str, data_dir: str) -> tuple[str, ...]:
             continue
         try:
             command = (each / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            variables = (each / "environ").read_bytes().split(b"\0")
             groups = (each / "cgroup").read_text()
         except OSError:
             continue
-        # A name in the command line is the instance's own process; its cgroup is a machine's.
-        if data_dir in command or tag in groups:
+        # Its roles know the data directory by their environment, their helpers by the command line; machines are in
+        # a control group of the instance.
+        if data_dir in command or f"EMBERBOX_DATA_DIR={data_dir}".encode() in variables or tag in groups:
             found.append(f"{each.name} {command[:80]}")
     return tuple(sorted(found))
 
