@@ -63,6 +63,7 @@ def instance() -> Iterator[str]:
 
 @pytest.fixture
 async def runtime(guest_files: GuestFiles, instance: str, tmp_path: Path) -> AsyncIterator[FirecrackerRuntime]:
+    before = os.umask(0o077)  # as the node has it
     pair = parts.pair()
     machines = tmp_path / "machines"
     machines.mkdir()
@@ -77,6 +78,7 @@ async def runtime(guest_files: GuestFiles, instance: str, tmp_path: Path) -> Asy
     yield made
     await made.sweep(frozenset())
     await made.close()
+    os.umask(before)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from emberbox.runtime.base import Machine, MachineSpec, Runtime, Saved
 from emberbox.runtime.errors import MachineGone, RuntimeFailure, SavedDamaged
 from emberbox.runtime.firecracker import snapshots
-from emberbox.runtime.firecracker.jail import JailerSettings, cgroup_version
+from emberbox.runtime.firecracker.jail import Jail, JailerSettings, cgroup_version
 from emberbox.runtime.firecracker.runtime import FirecrackerRuntime
 
 NewSpec = Callable[..., MachineSpec]
@@ -332,3 +332,44 @@ async def test_a_jailer_that_is_missing_is_said_at_once(runtime: FirecrackerRunt
 
     with pytest.raises(RuntimeFailure, match="emberbox setup"):
         await FirecrackerRuntime.open(settings)
+
+
+async def test_a_link_in_the_place_of_a_saved_file_is_refused_and_not_followed(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
+) -> None:
+    """What a Firecracker that was taken over by its guest could try against the root that collects its files."""
+    secret = tmp_path / "secret"
+    secret.write_text("of the host")
+    secret.chmod(0o600)
+    machine = await runtime.start(new_spec())
+    cell = Jail("m1", machine.spec.directory / "jail", user=1_900_000_000, cgroup_parent="unused")
+    (cell.out / "state").symlink_to(secret)
+
+    with pytest.raises(RuntimeFailure, match="did not write 'state' itself"):
+        cell.take_out("state", tmp_path)
+
+    assert secret.stat().st_mode & 0o777 == 0o600
+    assert not (tmp_path / "state").exists()
+    await machine.destroy()
+
+
+async def test_a_link_in_the_place_of_the_api_socket_is_not_followed(
+    runtime: FirecrackerRuntime, new_spec: NewSpec
+) -> None:
+    one, other = await runtime.start(new_spec("m1")), await runtime.start(new_spec("m2"))
+    sockets = [
+        machine.spec.directory / "jail" / "firecracker" / machine.spec.machine_id / "root" / "api.sock"
+        for machine in (one, other)
+    ]
+    sockets[0].unlink()
+    sockets[0].symlink_to(sockets[1])
+
+    with pytest.raises(RuntimeFailure):
+        await one.pause()
+
+    assert await other.alive()
+    adopted = await runtime.adopt(other.spec, other.record())
+    assert adopted is not None
+    assert not adopted.paused
+    await one.destroy()
+    await other.destroy()

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import subprocess
 import time
 from collections.abc import Iterable
@@ -93,6 +94,29 @@ class Jail:
             if not writable:
                 _mount("-o", "remount,bind,ro", str(target))
         return f"/{name}"
+
+    def take_out(self, name: str, into: Path) -> None:
+        """Move a file that Firecracker wrote into the folder `into`, and make it root's and read-only.
+
+        The folder it comes from is the machine's own: what lies there may be a link that a Firecracker that was taken
+        over has put there. So it is moved first and then looked at, without following anything.
+
+        Raises:
+            JailerError: it is not a plain file of its own; it is removed.
+        """
+        target = into / name
+        os.rename(self.out / name, target)
+        descriptor = os.open(target, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            facts = os.fstat(descriptor)
+            if not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1 or facts.st_uid != self.user:
+                target.unlink()
+                raise JailerError(f"the machine {self.machine_id} did not write '{name}' itself; nothing was saved")
+            here = f"/proc/self/fd/{descriptor}"
+            os.chown(here, 0, 0)
+            os.chmod(here, 0o444)
+        finally:
+            os.close(descriptor)
 
     def spawn(self, settings: JailerSettings, netns: str, limits: Limits) -> process.ProcessId:
         """Start Firecracker in the jail; returns at once, before its socket answers.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -56,6 +57,10 @@ class MicroVM:
         self._after_save = after_save
         self._changing = asyncio.Lock()
         self._shortening: asyncio.Task[None] | None = None
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
 
     def record(self) -> dict[str, Any]:
         return {"pid": self._identity.pid, "started": self._identity.started, "user": self._jail.user}
@@ -188,15 +193,13 @@ class MicroVM:
     def _discard(self, name: str) -> None:
         """Remove what a failed save left; the chain stays marked, so the next save is a whole one."""
         for path in (self._jail.out / snapshots.STATE, self._jail.out / name):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def _finish(self, into: Path, below: tuple[snapshots.Piece, ...], name: str) -> None:
         """Take the files out of the jail, away from the machine's user, and write the manifest over them."""
         for made in (snapshots.STATE, name):
-            path = self._jail.out / made
-            os.chown(path, 0, 0)
-            os.chmod(path, 0o444)
-            path.rename(into / made)
+            self._jail.take_out(made, into)
         if not below:
             sparse.dig_holes(into / name)
         for piece in below:

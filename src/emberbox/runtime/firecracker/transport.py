@@ -8,8 +8,10 @@ Firecracker); a restore makes two to four requests on the path that a user waits
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +89,20 @@ class Transport:
             writer.close()
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        # A unix socket's path has at most 107 bytes; a jail lies deeper than that. Through the folder's descriptor
-        # the path is short wherever the folder is.
+        # Through a descriptor, for two reasons: a unix socket's path has at most 107 bytes, and a jail lies deeper than
+        # that; and the folder is the machine's own, where a Firecracker that was taken over could put a link to
+        # somebody else's socket.
         folder = os.open(self._folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            return await asyncio.open_unix_connection(f"/proc/self/fd/{folder}/{self._name}")
+            socket = os.open(self._name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
         finally:
             os.close(folder)
+        try:
+            if not stat.S_ISSOCK(os.fstat(socket).st_mode):
+                raise OSError(errno.ENOTSOCK, f"{self._name} is not a socket")
+            return await asyncio.open_unix_connection(f"/proc/self/fd/{socket}")
+        finally:
+            os.close(socket)
 
 
 def _fault(answer: bytes) -> str:
