@@ -66,12 +66,15 @@ ip link set lo up
 # No right to set the clock (it is the host's), to trace, or to load modules: as in a container.
 exec setpriv --bounding-set=-sys_time,-sys_ptrace,-sys_module,-sys_boot,-syslog,-sys_rawio,-sys_resource \
   chroot "$R" /usr/bin/env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-  EMBERD_CONTROL_HASH="$HASH" /emberd
+  GORACE=halt_on_error=1 EMBERD_CONTROL_HASH="$HASH" /emberd
 """
 
 
 def build() -> Path:
-    """Build emberd when its sources are newer, and return it; `EMBERD` names another, such as one with race detection."""
+    """Build emberd when its sources are newer, and return it.
+
+    `EMBERD` names another one, such as one with race detection, which then ends at the first race.
+    """
     if chosen := os.environ.get("EMBERD"):
         return Path(chosen)
     binary = AGENT / "build" / "emberd"
