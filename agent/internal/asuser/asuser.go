@@ -16,6 +16,7 @@ package asuser
 import (
 	"fmt"
 	"runtime"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -35,6 +36,10 @@ func Do(u *users.User, f func() error) error {
 		}
 		return f()
 	}
+	if err := acquire(); err != nil {
+		return fmt.Errorf("act as user %q: %w", u.Name, err)
+	}
+	defer func() { <-slots }()
 	runtime.LockOSThread()
 	saved, err := enter(u)
 	if err != nil {
@@ -44,6 +49,33 @@ func Do(u *users.User, f func() error) error {
 		runtime.UnlockOSThread()
 	}
 	return err
+}
+
+// A file system that never answers (a user's own FUSE, a lost NFS server) keeps
+// the thread that asked. They are counted, because the Go runtime ends a
+// program that has too many threads or may have no more.
+const (
+	maxAtOnce = 128
+	patience  = 10 * time.Second
+)
+
+var slots = make(chan struct{}, maxAtOnce)
+
+// acquire takes one of the slots; EAGAIN when none becomes free in time.
+func acquire() error {
+	select {
+	case slots <- struct{}{}:
+		return nil
+	default:
+	}
+	late := time.NewTimer(patience)
+	defer late.Stop()
+	select {
+	case slots <- struct{}{}:
+		return nil
+	case <-late.C:
+		return unix.EAGAIN
+	}
 }
 
 // Get is Do for a function that has an answer.

@@ -3,6 +3,7 @@ package filesystem
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -14,6 +15,9 @@ import (
 	"emberbox/agent/internal/entry"
 	"emberbox/agent/internal/rpc"
 )
+
+// maxEntries bounds one answer, which is made in memory.
+const maxEntries = 100_000
 
 // ListDir lists a directory, and below it as deep as asked. Symlinks are
 // listed, never descended into; the directory itself may be one.
@@ -55,6 +59,10 @@ func (s *Service) walk(ctx context.Context, dir string, depth int, list *pb.List
 		info, err := f.Info()
 		if err != nil {
 			continue // gone between the two looks
+		}
+		if len(list.GetEntries()) >= maxEntries {
+			return connect.NewError(connect.CodeResourceExhausted,
+				fmt.Errorf("more than %d entries: list a smaller directory or less depth", maxEntries))
 		}
 		path := filepath.Join(dir, f.Name())
 		list.Entries = append(list.Entries, entry.Describe(s.who.Users, path, info))

@@ -55,7 +55,7 @@ func (a *API) download(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h.Set("Content-Type", "application/octet-stream")
 	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Cache-Control", "no-cache")
+	h.Set("Cache-Control", "no-store") // a change within Last-Modified's second would pass for none
 	h.Add("Vary", "Accept-Encoding")
 	if d := mime.FormatMediaType("inline", map[string]string{"filename": filepath.Base(path)}); d != "" {
 		h.Set("Content-Disposition", d)

@@ -86,6 +86,8 @@ func failWith(w http.ResponseWriter, err error) {
 		status = http.StatusBadRequest
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		status, err = http.StatusInsufficientStorage, errors.New("not enough disk space available")
+	case errors.Is(err, syscall.EAGAIN):
+		status = http.StatusTooManyRequests
 	case errors.Is(err, fs.ErrNotExist):
 		status = http.StatusNotFound
 	case errors.Is(err, syscall.ENOTDIR), errors.Is(err, syscall.EISDIR), errors.Is(err, syscall.ELOOP), errors.Is(err, syscall.ENAMETOOLONG):

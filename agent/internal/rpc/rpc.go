@@ -101,7 +101,8 @@ func FileError(err error) error {
 	case errors.Is(err, syscall.ENOTDIR), errors.Is(err, syscall.ELOOP), errors.Is(err, syscall.ENAMETOOLONG),
 		errors.Is(err, syscall.EINVAL), errors.Is(err, syscall.EISDIR):
 		code = connect.CodeInvalidArgument
-	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT), errors.Is(err, syscall.EMFILE):
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT), errors.Is(err, syscall.EMFILE),
+		errors.Is(err, syscall.EAGAIN):
 		code = connect.CodeResourceExhausted
 	}
 	return connect.NewError(code, err)
