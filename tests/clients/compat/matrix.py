@@ -307,8 +307,8 @@ def write_page(releases: list[Release], runtime: str) -> None:
     about = (
         f"Tested on {today} with the `{runtime}` runtime by `make compat`. A dash: the release does not have it. "
         "`newest` is whatever the registry gave on that day. "
-        f"Run by name over TLS (`E2B_DOMAIN`) instead of by address: {', '.join(sorted(BY_NAME))}; the oldest cannot be "
-        "given addresses, and Python 2.15's `Sandbox.connect` sends no sandbox ID with `E2B_SANDBOX_URL`."
+        f"Run by name over TLS (`E2B_DOMAIN`) instead of by address: {', '.join(sorted(BY_NAME))}; the oldest cannot "
+        "be given addresses, and Python 2.15's `Sandbox.connect` sends no sandbox ID with `E2B_SANDBOX_URL`."
     )
     parts = [
         BEGIN,
