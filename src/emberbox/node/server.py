@@ -31,7 +31,7 @@ from emberbox.node.errors import (
     WrongState,
 )
 from emberbox.node.machines import Seed
-from emberbox.node.model import NewSandbox
+from emberbox.node.model import NewSandbox, Status
 from emberbox.node.node import Node
 from emberbox.runtime.errors import MachineGone, NotSupported, RuntimeFailure
 from emberbox.wire import node_pb2 as wire
@@ -140,12 +140,13 @@ class NodeService(node_pb2_grpc.NodeServicer):
     async def Create(self, request: wire.CreateRequest, context: Context) -> wire.MachineStatus:
         new = translate.new_sandbox(request)
         check_new(new)
-        return translate.status(await self.node.machines.create(new, await self._seed(new)))
+        return translate.status(await self._create(new))
 
-    async def _seed(self, new: NewSandbox) -> Seed:
+    async def _create(self, new: NewSandbox) -> Status:
         if new.image is not None:
-            return Seed(new.image, new.limits)
-        return await self.node.snapshots.seed(new.snapshot_id, new.limits)
+            return await self.node.machines.create(new, Seed(new.image, new.limits))
+        async with self.node.snapshots.used(new.snapshot_id, new.limits) as seed:
+            return await self.node.machines.create(new, seed)
 
     @_answers
     async def Pause(self, request: wire.PauseRequest, context: Context) -> wire.MachineStatus:

@@ -10,7 +10,9 @@ import asyncio
 import errno
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,6 +58,9 @@ class Snapshots:
         self._machines = machines
         self._directory = directory
         self._making: set[str] = set()
+        self._users: Counter[str] = Counter()
+        self._deleted: set[str] = set()
+        """Deleted, but still used by a create."""
 
     # ---- make
 
@@ -131,13 +136,26 @@ class Snapshots:
 
     # ---- use
 
-    async def seed(self, snapshot_id: str, limits: Limits) -> Seed:
-        """What a sandbox created from this snapshot starts from. The disk's size is the snapshot's, and so are
-        processors and memory when its memory goes on.
+    @asynccontextmanager
+    async def used(self, snapshot_id: str, limits: Limits) -> AsyncIterator[Seed]:
+        """What a sandbox created from this snapshot starts from; a snapshot deleted meanwhile stays until the end.
 
         Raises:
             NoSuchSnapshot
         """
+        check_snapshot_id(snapshot_id)
+        self._users[snapshot_id] += 1
+        try:
+            yield await self._seed(snapshot_id, limits)
+        finally:
+            self._users[snapshot_id] -= 1
+            if not self._users[snapshot_id]:
+                del self._users[snapshot_id]
+                if snapshot_id in self._deleted:
+                    await finish(self._remove(snapshot_id))
+
+    async def _seed(self, snapshot_id: str, limits: Limits) -> Seed:
+        """The disk's size is the snapshot's, and so are processors and memory when its memory goes on."""
         meta = await asyncio.to_thread(self._read, snapshot_id)
         saved = meta.saved.within(self._directory / snapshot_id)
         fixed = meta.limits if saved.memory else replace(limits, disk_size_mb=meta.limits.disk_size_mb)
@@ -159,7 +177,7 @@ class Snapshots:
 
     async def _fork_one(self, meta: SnapshotMeta, new: NewSandbox) -> Status | str:
         try:
-            seed = await self.seed(meta.snapshot_id, new.limits)
+            seed = await self._seed(meta.snapshot_id, new.limits)
             return await self._machines.create(new, replace(seed, limits=meta.limits))
         except (NodeError, RuntimeFailure) as error:
             return str(error)
@@ -178,7 +196,13 @@ class Snapshots:
         check_snapshot_id(snapshot_id)
         await asyncio.to_thread(self._read, snapshot_id)
         await asyncio.to_thread((self._directory / snapshot_id / _META).unlink, missing_ok=True)
+        self._deleted.add(snapshot_id)
+        if snapshot_id not in self._users:
+            await finish(self._remove(snapshot_id))
+
+    async def _remove(self, snapshot_id: str) -> None:
         await remove_tree(self._directory / snapshot_id)
+        self._deleted.discard(snapshot_id)
 
     async def layers_used(self) -> set[str]:
         """Digests of the layers that a snapshot stands on."""

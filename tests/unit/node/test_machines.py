@@ -14,9 +14,9 @@ from emberbox.node.errors import (
     LayerMissing,
     NodeFull,
     NoSuchSandbox,
+    NoSuchSnapshot,
     WrongState,
 )
-from emberbox.node.machines import Seed
 from emberbox.node.model import EndReason, Image, Network, State, TimeoutAction, now_ms
 from emberbox.runtime.errors import RuntimeFailure
 
@@ -418,7 +418,8 @@ async def test_a_snapshot_starts_others_and_leaves_its_source_running(make_world
 
     meta = await world.node.snapshots.take("s1", "snap", memory=True)
     new = world.new("s2", image=None, snapshot_id="snap", env_vars={"B": "2"})
-    await world.node.machines.create(new, await world.node.snapshots.seed("snap", new.limits))
+    async with world.node.snapshots.used("snap", new.limits) as seed:
+        await world.node.machines.create(new, seed)
 
     copy = world.runtime.of(world.node, "s2")
     assert meta.saved.memory is any_runtime.capabilities.memory_snapshots
@@ -435,8 +436,8 @@ async def test_a_paused_sandbox_can_be_snapped(make_world: Any, any_runtime: Any
     await world.node.machines.pause("s1", memory=keep)
 
     await world.node.snapshots.take("s1", "snap", memory=True)
-    seed = await world.node.snapshots.seed("snap", world.new("s2").limits)
-    await world.node.machines.create(world.new("s2", image=None, snapshot_id="snap"), seed)
+    async with world.node.snapshots.used("snap", world.new("s2").limits) as seed:
+        await world.node.machines.create(world.new("s2", image=None, snapshot_id="snap"), seed)
 
     assert world.node.machines.find("s1").status().state is State.PAUSED
     assert world.runtime.of(world.node, "s2").spec.upper.read_bytes() == b"paused"
@@ -458,21 +459,17 @@ async def test_forks_are_copies_and_the_fork_leaves_no_snapshot(make_world: Any,
     assert world.left().get("snapshots") is None
 
 
-async def test_seeds_of_two_kinds_cannot_be_mixed_up(make_world: Any) -> None:
-    world = await make_world()
-    new = world.new("s1")
-
-    status = await world.node.machines.create(new, Seed(new.image, new.limits))
-
-    assert status.sandbox_id == "s1"
-
-
-async def test_deadlines_moved_at_once_leave_one_whole_record(make_world: Any) -> None:
+async def test_a_snapshot_deleted_while_it_is_used_goes_afterwards(make_world: Any) -> None:
     world = await make_world()
     await world.create("s1")
-    deadlines = [now_ms() + 60_000 + n for n in range(50)]
+    await world.node.snapshots.take("s1", "snap", memory=False)
+    new = world.new("s2", image=None, snapshot_id="snap")
 
-    await asyncio.gather(*(world.node.machines.set_deadline("s1", each, only_extend=False) for each in deadlines))
+    async with world.node.snapshots.used("snap", new.limits) as seed:
+        await world.node.snapshots.delete("snap")
+        created = await world.node.machines.create(new, seed)
 
-    (record,) = await world.node.machines.records.load()
-    assert record.deadline_ms == deadlines[-1]
+    assert created.state is State.RUNNING
+    assert world.left().get("snapshots") is None
+    with pytest.raises(NoSuchSnapshot):
+        await world.node.snapshots.delete("snap")
