@@ -27,7 +27,7 @@ from emberbox.wire import edge_pb2_grpc
 
 DOMAIN = "sandboxes.test"
 EDGE_PORT, TLS_PORT, API_PORT = 3002, 3443, 3000
-START_SECONDS = 20.0
+START_SECONDS = 60.0
 
 
 def loopback_addresses() -> Iterator[str]:
