@@ -153,7 +153,12 @@ func (up *uploader) write(given string, body io.Reader, size int64) error {
 	if err != nil {
 		return err
 	}
-	file, err := asuser.Get(up.user, func() (*os.File, error) { return openToWrite(path, size) })
+	var created bool
+	file, err := asuser.Get(up.user, func() (*os.File, error) {
+		file, isNew, err := openToWrite(path, size)
+		created = isNew
+		return file, err
+	})
 	if err != nil {
 		return err
 	}
@@ -161,6 +166,9 @@ func (up *uploader) write(given string, body io.Reader, size int64) error {
 	n, err := io.CopyBuffer(struct{ io.Writer }{file}, struct{ io.Reader }{body}, *buf)
 	buffers.Put(buf)
 	if err != nil {
+		if created {
+			_ = asuser.Do(up.user, func() error { return removeOpened(int(file.Fd()), path) })
+		}
 		_ = file.Close()
 		return uploadError(path, err)
 	}
@@ -198,21 +206,27 @@ func uploadError(path string, err error) error {
 // openToWrite opens path for a whole new content; call it as the user. The
 // file is written in place: hard links, mode and open readers keep their
 // meaning. A size known ahead that cannot fit is refused before the old
-// content goes.
-func openToWrite(path string, size int64) (*os.File, error) {
+// content goes. It also says whether the file is new: a new one whose body
+// does not arrive whole is removed again.
+func openToWrite(path string, size int64) (_ *os.File, created bool, _ error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("error creating directories of '%s': %w", path, err)
+		return nil, false, fmt.Errorf("error creating directories of '%s': %w", path, err)
 	}
-	fd, err := openSafely(path, unix.O_WRONLY|unix.O_CREAT|unix.O_NONBLOCK, 0o666)
+	const flags = unix.O_WRONLY | unix.O_CREAT | unix.O_NONBLOCK
+	fd, err := openSafely(path, flags|unix.O_EXCL, 0o666)
+	created = err == nil
+	if errors.Is(err, unix.EEXIST) {
+		fd, err = openSafely(path, flags, 0o666)
+	}
 	switch {
 	case errors.Is(err, unix.EISDIR):
-		return nil, fail(http.StatusBadRequest, "path '%s' is a directory", path)
+		return nil, false, fail(http.StatusBadRequest, "path '%s' is a directory", path)
 	case errors.Is(err, unix.ENXIO):
-		return nil, fail(http.StatusBadRequest, "path '%s' is not a regular file", path)
+		return nil, false, fail(http.StatusBadRequest, "path '%s' is not a regular file", path)
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
-		return nil, err
+		return nil, false, err
 	case err != nil:
-		return nil, fmt.Errorf("error opening file '%s': %w", path, err)
+		return nil, false, fmt.Errorf("error opening file '%s': %w", path, err)
 	}
 	if err = ready(fd, path, size); err != nil {
 		_ = unix.Close(fd)
