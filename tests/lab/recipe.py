@@ -53,15 +53,8 @@ PACKAGES = (
 # What the lab host itself loads; Emberbox asks for what else it needs (nftables' parts load on demand).
 HOST_MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "loop", "overlay", "erofs", "tun", "veth")
 
-# Files that say what `make install` fetches, besides all of tools/.
-INSTALL_INPUTS = (
-    "Makefile",
-    "requirements.txt",
-    "requirements-build.txt",
-    "requirements-dev.txt",
-    "agent/go.mod",
-    "agent/go.sum",
-)
+# Files that say what `make install` fetches. The last stage runs it again, so the rest may change without them.
+INSTALL_INPUTS = ("requirements.txt", "requirements-build.txt", "requirements-dev.txt", "agent/go.mod", "agent/go.sum")
 
 AGENT = Path("agent/build/emberd")
 
@@ -174,8 +167,8 @@ def _base_stage(cache: Path, suite: str, boot: Path) -> Path:
 
 def _tools_stage(cache: Path, base: Path, files: list[Path]) -> Path:
     """What `make install` adds to the distribution: an overlay's upper, kept while the lists it installs from stay."""
-    inputs = [path for path in files if path.parts[0] == "tools" or str(path) in INSTALL_INPUTS]
-    stage = cache / f"tools-{_digest(REVISION, base.name, _read('install.sh'), _files_digest(inputs))}"
+    inputs = [path for path in files if str(path) in INSTALL_INPUTS]
+    stage = cache / f"tools-{_digest(REVISION, base.name, _files_digest(inputs))}"
     if stage.exists():
         return stage
     say("installing Emberbox's tools and packages (make install)")
