@@ -229,10 +229,29 @@ func openToWrite(path string, size int64) (_ *os.File, created bool, _ error) {
 		return nil, false, fmt.Errorf("error opening file '%s': %w", path, err)
 	}
 	if err = ready(fd, path, size); err != nil {
+		if created {
+			_ = removeOpened(fd, path)
+		}
 		_ = unix.Close(fd)
-		return nil, err
+		return nil, false, err
 	}
-	return os.NewFile(uintptr(fd), path), nil
+	return os.NewFile(uintptr(fd), path), created, nil
+}
+
+// removeOpened removes path if it still names the file that fd has open; call
+// it as the user.
+func removeOpened(fd int, path string) error {
+	var opened, named unix.Stat_t
+	if err := unix.Fstat(fd, &opened); err != nil {
+		return err
+	}
+	if err := unix.Lstat(path, &named); err != nil {
+		return err
+	}
+	if opened.Dev != named.Dev || opened.Ino != named.Ino {
+		return nil
+	}
+	return unix.Unlink(path)
 }
 
 // ready empties an open file for size bytes (negative: unknown).
