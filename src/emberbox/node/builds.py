@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,11 +85,13 @@ class Builds:
         layers_used: Callable[[], AsyncIterator[str]],
         *,
         ready: Callable[[Image, Limits], None],
+        removed: Callable[[], Awaitable[None]],
     ) -> None:
         """
         Args:
             layers_used: every digest that a sandbox or snapshot of this node stands on.
             ready: told of every finished build.
+            removed: called after layers were removed.
         """
         self._settings = settings
         self._layers_dir = layers_dir
@@ -97,6 +99,7 @@ class Builds:
         self._preparing = preparing
         self._layers_used = layers_used
         self._ready = ready
+        self._removed = removed
         self._unwanted_path = layers_dir / "unwanted.json"
         self._running: set[str] = set()
 
@@ -187,6 +190,7 @@ class Builds:
             await asyncio.to_thread(self._store.remove, digest)
             log.info("layer.removed", digest=digest)
         if gone:
+            await self._removed()
             await asyncio.to_thread(self._write_unwanted, unwanted - gone)
 
     async def _want(self, layers: tuple[str, ...]) -> None:

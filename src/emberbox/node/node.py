@@ -78,7 +78,12 @@ class Node:
         self.snapshots = Snapshots(self.machines, self.directory / "snapshots")
         self.metrics = Metrics(self.machines, self.events, self.logs)
         self.builds = Builds(
-            settings, self.directory / "layers", self.preparing, self._layers_used, ready=self.pool.expect
+            settings,
+            self.directory / "layers",
+            self.preparing,
+            self._layers_used,
+            ready=self.pool.expect,
+            removed=runtime.forget_layers,
         )
 
     async def start(self) -> None:

@@ -137,7 +137,10 @@ class Runtime(Protocol):
     capabilities: Capabilities
 
     async def start(self, spec: MachineSpec) -> Machine:
-        """Cold start; returns when the machine's first process runs. The node waits for the agent."""
+        """Cold start; returns when the machine's first process runs. The node waits for the agent.
+
+        A start or restore that fails or is cancelled leaves nothing of its own behind.
+        """
         ...
 
     async def restore(self, spec: MachineSpec, saved: Saved) -> Machine:
@@ -150,6 +153,10 @@ class Runtime(Protocol):
 
     async def sweep(self, keep: frozenset[str]) -> list[str]:
         """Remove what machines other than `keep` (machine IDs) left behind after a crash; returns what was removed."""
+        ...
+
+    async def forget_layers(self) -> None:
+        """Let go of layers whose image file was removed, so that their space becomes free. Machines keep theirs."""
         ...
 
     async def close(self) -> None: ...

@@ -157,6 +157,7 @@ class FakeRuntime:
         self.starts = 0
         self.stall_init = False
         self.refuse_init = False
+        self.forgot_layers = False
 
     def hold(self, point: str) -> asyncio.Event:
         """Make calls stop at `point`; returns the event that says one is there."""
@@ -197,6 +198,9 @@ class FakeRuntime:
             await self.machines[machine_id].destroy()
         self.swept += gone
         return gone
+
+    async def forget_layers(self) -> None:
+        self.forgot_layers = True
 
     async def close(self) -> None: ...
 

@@ -101,6 +101,9 @@ class ContainerRuntime:
         await asyncio.to_thread(self._layers.forget_unused)
         return removed
 
+    async def forget_layers(self) -> None:
+        await asyncio.to_thread(self._layers.forget_unused)
+
     async def close(self) -> None:
         """Let go of what machines do not need: mounted layers, id maps. Machines go on."""
         await asyncio.to_thread(self._close)

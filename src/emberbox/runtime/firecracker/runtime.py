@@ -125,6 +125,9 @@ class FirecrackerRuntime:
     async def sweep(self, keep: frozenset[str]) -> list[str]:
         return await asyncio.to_thread(self._sweep, keep)
 
+    async def forget_layers(self) -> None:
+        """Nothing to do: each machine has its layers in its own jail."""
+
     async def close(self) -> None:
         """End background work. Machines run on."""
         for task in list(self._merging):
