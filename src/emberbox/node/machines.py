@@ -56,6 +56,7 @@ from emberbox.runtime.errors import RuntimeFailure
 log = structlog.get_logger("emberbox.node")
 
 _CLOSE_SECONDS = 10.0
+_PAUSE_SECONDS = 300.0
 _MEMORY_RESERVE = 256 * MIB
 """Left to the host: below it the kernel would end processes, its own or a sandbox's."""
 
@@ -473,7 +474,8 @@ class Machines:
             self.events.publish(sandbox.status())
 
         try:
-            await sandbox.operate(pause)
+            async with asyncio.timeout(_PAUSE_SECONDS * self.hosting.time_scale):
+                await sandbox.operate(pause)
         except (NoSuchSandbox, WrongState):
             return
         except (NodeError, RuntimeFailure, OSError) as error:

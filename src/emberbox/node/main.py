@@ -12,6 +12,7 @@ import pwd
 import signal
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its fork handlers stall the commands we start
@@ -32,6 +33,8 @@ log = structlog.get_logger("emberbox.node")
 
 _STOP_SECONDS = 5.0
 _M_ARENA_MAX = -8  # malloc.h
+_THREADS = 32
+"""At most; copies of large disks must not hold up the short writes of others."""
 _MESSAGE_BYTES = 64 * 1024 * 1024
 """A `State` with every machine of a large node is bigger than gRPC's usual 4 MiB."""
 
@@ -48,6 +51,7 @@ async def serve(settings: Settings) -> None:
     os.umask(0o022)  # the api passes through `data_dir` to the socket; what is private has its own mode
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="node"))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     runtime = await choose_runtime(settings)
