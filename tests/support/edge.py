@@ -331,6 +331,7 @@ def make_certificate(folder: Path, *names: str) -> tuple[Path, Path]:
     subject_names = ",".join(f"IP:{name}" if _is_ip(name) else f"DNS:{name}" for name in names)
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     command += ["-days", "2", "-subj", f"/CN={names[0]}", "-addext", f"subjectAltName={subject_names}"]
+    command += ["-addext", "basicConstraints=critical,CA:FALSE"]  # some clients take no authority for a server
     subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
     return cert, key
 
