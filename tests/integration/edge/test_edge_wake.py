@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httpx
 import pytest
 
-from tests.support.edge import EDGE_PORT, headers_for, raw_request
+from tests.support.edge import EDGE_PORT, ControlPlane, Exchange, headers_for, raw_request
 
 
 async def test_a_request_goes_on_to_the_sandbox_that_it_woke(world: Any) -> None:
@@ -250,3 +251,45 @@ async def test_the_secret_is_in_no_file_of_the_edge(own_world: Any) -> None:
 
     assert files
     assert holding == []
+
+
+async def test_a_stream_of_the_request_that_woke_its_sandbox_ends_with_it(world: Any) -> None:
+    async def tell_then_wait(exchange: Exchange) -> None:
+        await exchange.begin_chunks()
+        await exchange.chunk(b"first")
+        await exchange.reader.read(1)
+
+    sandbox_id, machine = world.new_id(), await world.machine(9)
+    await machine.listen(8080, tell_then_wait)
+
+    async def wake(_question: dict[str, object]) -> tuple[str, object]:
+        await world.routes.set(sandbox_id, machine.address)
+        return "200 OK", {"address": machine.address}
+
+    world.control.answer = wake
+
+    async with world.client.stream("GET", "/", headers=headers_for(sandbox_id)) as answer:
+        parts = answer.aiter_raw()
+        await anext(parts)
+        await world.routes.drop(sandbox_id)
+        with pytest.raises(httpx.RemoteProtocolError):
+            await asyncio.wait_for(anext(parts), 5)
+
+
+async def test_a_restart_of_the_control_plane_is_ridden_out(own_world: Any) -> None:
+    world = own_world
+    sandbox_id, machine = world.new_id(), await world.machine(8080)
+    await world.control.close()
+    asked = asyncio.create_task(world.client.get("/", headers=headers_for(sandbox_id)))
+    await asyncio.sleep(0.5)
+    back = ControlPlane(world.edge.api_address)
+    world.machines.append(back)
+
+    async def wake(_question: dict[str, object]) -> tuple[str, object]:
+        return "200 OK", {"address": machine.address}
+
+    back.answer = wake
+    await back.start()
+
+    answer = await asked
+    assert answer.status_code == 200
