@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     node_tls_cert: Path | None = None
     node_tls_key: Path | None = None
     node_tls_ca: Path | None = None
-    """Mutual TLS between api and node, for a TCP `node_address`: each side's certificate and key, and who signs them."""
+    """Mutual TLS between api and node at a TCP `node_address`: each side's certificate and key, and who signs them."""
     edge_address: str = ""
     """gRPC target of the edge. Empty: the unix socket in `data_dir`/run."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -148,7 +148,7 @@ class Settings(BaseSettings):
 
     @property
     def store_url(self) -> str:
-        return self.database_url or f"sqlite+aiosqlite:///{self.api_dir / 'emberbox.db'}"
+        return self.database_url or f"sqlite:///{self.api_dir / 'emberbox.db'}"
 
     @property
     def sandbox_domain(self) -> str:

@@ -1,30 +1,21 @@
-"""Connections and transactions: `Store.read()` for queries, `Store.write()` for one transaction.
-
-SQLite has one writer at a time, so writers wait for their turn in one place (a pool of one connection, `BEGIN
-IMMEDIATE`) and never meet SQLITE_BUSY halfway. Readers see the last commit and never wait (WAL).
-"""
+"""Connections and transactions: `Store.read()` for queries, `Store.write()` for one transaction."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import event
-from sqlalchemy.engine import Connection, make_url
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy import Executable, Table
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.engine import make_url
 
+from emberbox.store.connection import Connection, Rows
 from emberbox.store.errors import StoreMisconfigured
+from emberbox.store.sqlite import Sqlite
 
-_SQLITE_PRAGMAS = (
-    "PRAGMA journal_mode=WAL",
-    # With WAL a crash of the process loses nothing; a power cut may lose the last commits but never corrupts.
-    "PRAGMA synchronous=NORMAL",
-    "PRAGMA foreign_keys=ON",
-    "PRAGMA busy_timeout=10000",
-    "PRAGMA cache_size=-4000",
-    "PRAGMA temp_store=MEMORY",
-)
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 
 class Store:
@@ -35,59 +26,69 @@ class Store:
         Raises:
             StoreMisconfigured: the URL is neither SQLite nor PostgreSQL.
         """
-        backend = make_url(url).get_backend_name()
+        parsed = make_url(url)
+        backend = parsed.get_backend_name()
         self.is_sqlite = backend == "sqlite"
+        self._postgresql: AsyncEngine | None = None
         if self.is_sqlite:
-            self._writer = _sqlite_engine(url, connections=1, begin="BEGIN IMMEDIATE")
-            self._reader = _sqlite_engine(url, connections=3, begin=None)
+            self._sqlite = Sqlite(parsed)
         elif backend == "postgresql":
-            self._writer = create_async_engine(url, pool_size=8, max_overflow=8, pool_pre_ping=True, pool_timeout=10)
-            self._reader = self._writer.execution_options(isolation_level="AUTOCOMMIT")
+            # Several megabytes that an installation on SQLite does without.
+            from sqlalchemy.ext.asyncio import create_async_engine
+
+            self._postgresql = create_async_engine(
+                parsed.set(drivername="postgresql+asyncpg"),
+                pool_size=8,
+                max_overflow=8,
+                pool_pre_ping=True,
+                pool_timeout=10,
+            )
+            self._reading = self._postgresql.execution_options(isolation_level="AUTOCOMMIT")
         else:
             raise StoreMisconfigured(
-                f"database URL starts with {backend!r}; use sqlite+aiosqlite:///path or postgresql+asyncpg://..."
+                f"database URL starts with {backend!r}; use sqlite:///path or postgresql://user@host/name"
             )
 
-    @asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncConnection]:
+    def read(self) -> AbstractAsyncContextManager[Connection]:
         """A connection for queries, each of which sees the last commit."""
-        async with self._reader.connect() as connection:
-            yield connection
+        if self._postgresql is None:
+            return self._sqlite.reader()
+        return self._read_postgresql()
 
-    @asynccontextmanager
-    async def write(self) -> AsyncIterator[AsyncConnection]:
+    def write(self) -> AbstractAsyncContextManager[Connection]:
         """One transaction: committed at the end, rolled back by an exception."""
-        async with self._writer.begin() as connection:
-            yield connection
+        if self._postgresql is None:
+            return self._sqlite.transaction()
+        return self._write_postgresql()
 
-    @property
-    def engine(self) -> AsyncEngine:
-        """The writing engine, for migrations."""
-        return self._writer
+    async def write_one(self, statement: Executable, parameters: Any = None) -> Rows:
+        """A transaction of one statement."""
+        if self._postgresql is None:
+            return await self._sqlite.write_one(statement, parameters)
+        async with self._write_postgresql() as connection:
+            return await connection.execute(statement, parameters)
+
+    def insert(self, table: Table) -> Any:
+        """An insert that knows ON CONFLICT, which SQLAlchemy has for each database apart."""
+        if self.is_sqlite:
+            return sqlite.insert(table)
+        from sqlalchemy.dialects import postgresql
+
+        return postgresql.insert(table)
 
     async def close(self) -> None:
-        await self._writer.dispose()
-        if self.is_sqlite:
-            await self._reader.dispose()
+        if self._postgresql is None:
+            await self._sqlite.close()
+        else:
+            await self._postgresql.dispose()
 
+    @asynccontextmanager
+    async def _read_postgresql(self) -> AsyncIterator[Connection]:
+        async with self._reading.connect() as connection:
+            yield cast(Connection, connection)
 
-def _sqlite_engine(url: str, *, connections: int, begin: str | None) -> AsyncEngine:
-    options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"} if begin is None else {}
-    engine = create_async_engine(url, pool_size=connections, max_overflow=0, pool_timeout=30, **options)
-
-    @event.listens_for(engine.sync_engine, "connect")
-    def _on_connect(dbapi_connection: Any, _record: Any) -> None:
-        # The driver's own idea of when to BEGIN is switched off; `_on_begin` says it.
-        dbapi_connection.isolation_level = None
-        cursor = dbapi_connection.cursor()
-        for pragma in _SQLITE_PRAGMAS:
-            cursor.execute(pragma)
-        cursor.close()
-
-    if begin is not None:
-
-        @event.listens_for(engine.sync_engine, "begin")
-        def _on_begin(connection: Connection) -> None:
-            connection.exec_driver_sql(begin)
-
-    return engine
+    @asynccontextmanager
+    async def _write_postgresql(self) -> AsyncIterator[Connection]:
+        assert self._postgresql is not None
+        async with self._postgresql.begin() as connection:
+            yield cast(Connection, connection)

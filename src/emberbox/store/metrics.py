@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from sqlalchemy import and_, delete, func, select
-from sqlalchemy.dialects import postgresql, sqlite
 
 from emberbox.store.engine import Store
 from emberbox.store.records import MetricRecord, TeamMetricRecord, fields, values
@@ -17,13 +16,12 @@ TeamMetricName = Literal["concurrent_sandboxes", "sandbox_start_rate"]
 
 async def add(store: Store, samples: Sequence[MetricRecord], team_samples: Sequence[TeamMetricRecord]) -> None:
     """Insert samples, in one transaction. A sample that is there already (a node told it twice) is left alone."""
-    insert = sqlite.insert if store.is_sqlite else postgresql.insert
     async with store.write() as connection:
         if samples:
-            statement = insert(metrics).on_conflict_do_nothing()
+            statement = store.insert(metrics).on_conflict_do_nothing()
             await connection.execute(statement, [values(sample) for sample in samples])
         if team_samples:
-            statement = insert(team_metrics).on_conflict_do_nothing()
+            statement = store.insert(team_metrics).on_conflict_do_nothing()
             await connection.execute(statement, [values(sample) for sample in team_samples])
 
 

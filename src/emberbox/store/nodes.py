@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from sqlalchemy import select, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from emberbox.store.engine import Store
 from emberbox.store.records import NodeRecord, fields, values
@@ -12,7 +11,6 @@ from emberbox.store.tables import nodes
 
 async def seen(store: Store, record: NodeRecord) -> NodeRecord:
     """Record a node that has connected. A status that an administrator set stays."""
-    insert = sqlite.insert if store.is_sqlite else postgresql.insert
     fresh = values(record)
     kept = {key: value for key, value in fresh.items() if key not in ("id", "status", "status_changed_at")}
     async with store.write() as connection:
@@ -22,7 +20,7 @@ async def seen(store: Store, record: NodeRecord) -> NodeRecord:
             .where(nodes.c.target == record.target, nodes.c.id != record.id)
             .values(target=nodes.c.target + "#" + nodes.c.id)
         )
-        statement = insert(nodes).values(fresh)
+        statement = store.insert(nodes).values(fresh)
         statement = statement.on_conflict_do_update(index_elements=["id"], set_=kept)
         row = (await connection.execute(statement.returning(*nodes.c))).one()
     return NodeRecord(**fields(row))

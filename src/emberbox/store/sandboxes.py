@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import (
@@ -22,9 +23,8 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy import column as sql_column
-from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from emberbox.store.engine import Store
 from emberbox.store.errors import SandboxLimitReached
@@ -115,47 +115,39 @@ async def move(
     """Move a sandbox from the state it has to the one that `transitions` names for it, in one transaction.
 
     Args:
-        transitions: state -> next state.
+        transitions: state -> next state; the same one for all.
         team_id: only when the sandbox belongs to this team.
         changes: further columns to set.
 
     Returns:
         The sandbox after the move, or None when there is none in one of the states.
     """
-    async with store.write() as connection:
-        return await move_in(connection, sandbox_id, transitions=transitions, team_id=team_id, changes=changes)
-
-
-async def move_in(
-    connection: AsyncConnection,
-    sandbox_id: str,
-    *,
-    transitions: Mapping[str, str],
-    team_id: str | None = None,
-    changes: Mapping[str, Any],
-) -> SandboxRecord | None:
-    """`move`, inside the caller's transaction."""
-    targets = set(transitions.values())
-    if len(targets) == 1:
-        next_state: Any = targets.pop()
-    else:
-        current = (
-            await connection.execute(select(sandboxes.c.state).where(sandboxes.c.id == sandbox_id).with_for_update())
-        ).scalar()
-        if current is None or current not in transitions:
-            return None
-        next_state = transitions[current]
-        transitions = {current: next_state}
-    statement = (
-        update(sandboxes)
-        .where(sandboxes.c.id == sandbox_id, sandboxes.c.state.in_(list(transitions)))
-        .values(state=next_state, **changes)
-        .returning(*sandboxes.c)
-    )
-    if team_id is not None:
-        statement = statement.where(sandboxes.c.team_id == team_id)
-    row = (await connection.execute(statement)).first()
+    statement, parameters = _moving(sandbox_id, transitions, team_id, changes)
+    row = (await store.write_one(statement, parameters)).first()
     return SandboxRecord(**fields(row)) if row else None
+
+
+def _moving(
+    sandbox_id: str, transitions: Mapping[str, str], team_id: str | None, changes: Mapping[str, Any]
+) -> tuple[ReturningUpdate[Any], dict[str, Any]]:
+    (next_state,) = set(transitions.values())
+    statement = _update(tuple(transitions), next_state, tuple(changes), team_id is not None)
+    parameters = {f"new_{name}": value for name, value in changes.items()}
+    return statement, {"of_sandbox": sandbox_id, "of_team": team_id, **parameters}
+
+
+@lru_cache(maxsize=256)
+def _update(
+    states: tuple[str, ...], next_state: str | None, columns: tuple[str, ...], of_team: bool
+) -> ReturningUpdate[Any]:
+    """Setting columns of a sandbox in one of `states`: there are few of these, and each is made once."""
+    conditions = [sandboxes.c.id == bindparam("of_sandbox"), sandboxes.c.state.in_(states)]
+    if of_team:
+        conditions.append(sandboxes.c.team_id == bindparam("of_team"))
+    values = {name: bindparam(f"new_{name}", type_=sandboxes.c[name].type) for name in columns}
+    if next_state is not None:
+        values["state"] = bindparam("new_state", next_state)
+    return update(sandboxes).where(*conditions).values(values).returning(*sandboxes.c)
 
 
 async def move_counted(
@@ -175,24 +167,20 @@ async def move_counted(
     async with store.write() as connection:
         if not store.is_sqlite:
             await connection.execute(_lock_team, {"team": team_id})
-        moved = await move_in(connection, sandbox_id, transitions=transitions, team_id=team_id, changes=changes)
+        statement, parameters = _moving(sandbox_id, transitions, team_id, changes)
+        moved = (await connection.execute(statement, parameters)).first()
         if moved is not None and (await connection.execute(_count_live, {"team": team_id})).scalar_one() > limit:
             raise SandboxLimitReached(limit)
-    return moved
+    return SandboxRecord(**fields(moved)) if moved else None
 
 
 async def change(
     store: Store, sandbox_id: str, *, states: Iterable[str], changes: Mapping[str, Any]
 ) -> SandboxRecord | None:
     """Set columns of a sandbox that is in one of `states`, leaving its state alone."""
-    statement = (
-        update(sandboxes)
-        .where(sandboxes.c.id == sandbox_id, sandboxes.c.state.in_(list(states)))
-        .values(**changes)
-        .returning(*sandboxes.c)
-    )
-    async with store.write() as connection:
-        row = (await connection.execute(statement)).first()
+    parameters = {f"new_{name}": value for name, value in changes.items()}
+    statement = _update(tuple(states), None, tuple(changes), False)
+    row = (await store.write_one(statement, {"of_sandbox": sandbox_id, **parameters})).first()
     return SandboxRecord(**fields(row)) if row else None
 
 
@@ -219,7 +207,7 @@ async def page(
 async def count(store: Store, wanted: SandboxFilter) -> int:
     query = select(func.count()).select_from(sandboxes).where(*_conditions(store, wanted))
     async with store.read() as connection:
-        return (await connection.execute(query)).scalar_one()
+        return int((await connection.execute(query)).scalar_one())
 
 
 async def live(store: Store, *, node_id: str | None = None, team_id: str | None = None) -> list[SandboxRecord]:
@@ -262,11 +250,10 @@ async def running_by_team(store: Store) -> dict[str, int]:
 
 async def forget_ended(store: Store, before_ms: int) -> int:
     """Remove sandboxes that ended before `before_ms`; returns how many."""
-    async with store.write() as connection:
-        result = await connection.execute(
-            delete(sandboxes).where(sandboxes.c.state == "ended", sandboxes.c.ended_at < before_ms)
-        )
-        return result.rowcount
+    result = await store.write_one(
+        delete(sandboxes).where(sandboxes.c.state == "ended", sandboxes.c.ended_at < before_ms)
+    )
+    return result.rowcount
 
 
 async def _records(store: Store, query: Select[Any]) -> list[SandboxRecord]:
@@ -290,6 +277,8 @@ def _conditions(store: Store, wanted: SandboxFilter) -> list[ColumnElement[bool]
 
 def _metadata_has(store: Store, pairs: tuple[tuple[str, str], ...]) -> ColumnElement[bool]:
     if not store.is_sqlite:
+        from sqlalchemy.dialects.postgresql import JSONB
+
         return type_coerce(sandboxes.c.metadata, JSONB).contains(dict(pairs))
     matches: list[ColumnElement[bool]] = []
     for number, (key, value) in enumerate(pairs):

@@ -6,6 +6,8 @@ Identifiers are strings. What is only ever read back whole is JSON.
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -19,10 +21,10 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    TypeDecorator,
     UniqueConstraint,
-    text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.engine import Dialect
 
 metadata = MetaData(
     naming_convention={
@@ -33,7 +35,19 @@ metadata = MetaData(
     }
 )
 
-Json = JSON().with_variant(JSONB(), "postgresql")
+
+class Json(TypeDecorator[Any]):
+    """JSON; JSONB on PostgreSQL, whose dialect is loaded only where it is used (it takes megabytes)."""
+
+    impl = JSON
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> Any:
+        if dialect.name == "postgresql":
+            from sqlalchemy.dialects.postgresql import JSONB
+
+            return dialect.type_descriptor(JSONB())
+        return dialect.type_descriptor(JSON())
 
 
 teams = Table(
@@ -193,21 +207,9 @@ sandboxes = Table(
     Column("idempotency_hash", String(64), nullable=True),
     Index("ix_sandboxes_team_state", "team_id", "state", "started_at", "id"),
     Index("ix_sandboxes_started", "team_id", "started_at", "id"),
-    Index(
-        "uq_sandboxes_idempotency",
-        "team_id",
-        "idempotency_key",
-        unique=True,
-        sqlite_where=text("idempotency_key IS NOT NULL"),
-        postgresql_where=text("idempotency_key IS NOT NULL"),
-    ),
-    Index(
-        "ix_sandboxes_live",
-        "state",
-        "node_id",
-        sqlite_where=text("state <> 'ended'"),
-        postgresql_where=text("state <> 'ended'"),
-    ),
+    # Nulls are distinct: any number of sandboxes has no key.
+    Index("uq_sandboxes_idempotency", "team_id", "idempotency_key", unique=True),
+    Index("ix_sandboxes_live", "state", "node_id"),
     Index("ix_sandboxes_ended_at", "ended_at"),
 )
 

@@ -49,8 +49,7 @@ async def list_teams(store: Store) -> list[TeamRecord]:
 
 
 async def add_credential(store: Store, kind: CredentialKind, record: CredentialRecord) -> None:
-    async with store.write() as connection:
-        await connection.execute(insert(_TABLES[kind]).values(values(record)))
+    await store.write_one(insert(_TABLES[kind]).values(values(record)))
 
 
 async def find_credential(
@@ -102,5 +101,4 @@ async def touch_credentials(store: Store, kind: CredentialKind, used: Mapping[st
     """Record when credentials were last used: ID -> ms."""
     table = _TABLES[kind]
     statement = update(table).where(table.c.id == bindparam("credential")).values(last_used_at=bindparam("at"))
-    async with store.write() as connection:
-        await connection.execute(statement, [{"credential": key, "at": at} for key, at in used.items()])
+    await store.write_one(statement, [{"credential": key, "at": at} for key, at in used.items()])

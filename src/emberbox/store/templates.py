@@ -7,8 +7,8 @@ from typing import Any
 
 from sqlalchemy import and_, bindparam, case, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection
 
+from emberbox.store.connection import Connection
 from emberbox.store.engine import Store
 from emberbox.store.errors import DuplicateName
 from emberbox.store.records import BuildLogRecord, BuildRecord, TagRecord, TemplateRecord, fields, values
@@ -213,8 +213,7 @@ async def add_build(store: Store, build: BuildRecord) -> None:
 
 
 async def change(store: Store, template_id: str, changes: Mapping[str, Any]) -> None:
-    async with store.write() as connection:
-        await connection.execute(update(templates).where(templates.c.id == template_id).values(**changes))
+    await store.write_one(update(templates).where(templates.c.id == template_id).values(**changes))
 
 
 async def change_build(
@@ -304,14 +303,13 @@ async def delete_tags(store: Store, template_id: str, tags: Iterable[str]) -> in
 
 
 async def add_logs(store: Store, records: Sequence[BuildLogRecord]) -> None:
-    async with store.write() as connection:
-        await connection.execute(insert(build_logs), [values(record) for record in records])
+    await store.write_one(insert(build_logs), [values(record) for record in records])
 
 
 async def count_logs(store: Store, build_id: str) -> int:
     query = select(func.count()).select_from(build_logs).where(build_logs.c.build_id == build_id)
     async with store.read() as connection:
-        return (await connection.execute(query)).scalar_one()
+        return int((await connection.execute(query)).scalar_one())
 
 
 async def logs_from(store: Store, build_id: str, *, position: int, limit: int) -> list[BuildLogRecord]:
@@ -401,17 +399,17 @@ async def tags_of_builds(store: Store, build_ids: Iterable[str]) -> dict[str, li
     return found
 
 
-async def _assign(connection: AsyncConnection, tags: Sequence[TagRecord]) -> None:
+async def _assign(connection: Connection, tags: Sequence[TagRecord]) -> None:
     if tags:
         await connection.execute(insert(template_tags), [values(tag) for tag in tags])
 
 
-async def _builds(connection: AsyncConnection, condition: Any) -> list[BuildRecord]:
+async def _builds(connection: Connection, condition: Any) -> list[BuildRecord]:
     rows = await connection.execute(select(template_builds).where(condition))
     return [BuildRecord(**fields(row)) for row in rows]
 
 
-async def _unused_layers(connection: AsyncConnection, builds: Sequence[BuildRecord]) -> set[str]:
+async def _unused_layers(connection: Connection, builds: Sequence[BuildRecord]) -> set[str]:
     candidates = {digest for build in builds for digest in build.layers}
     if not candidates:
         return set()

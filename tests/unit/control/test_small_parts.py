@@ -232,7 +232,7 @@ async def test_a_new_database_gets_the_tables_as_the_code_has_them(tmp_path: Pat
 
     from emberbox.store.tables import metadata
 
-    store = Store(f"sqlite+aiosqlite:///{tmp_path}/a.db")
+    store = Store(f"sqlite:///{tmp_path}/a.db")
     try:
         assert await revision(store) is None
         assert await migrate(store)

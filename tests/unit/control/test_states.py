@@ -120,7 +120,7 @@ def sandbox(sandbox_id: str, team_id: str) -> SandboxRecord:
 def test_a_row_moves_as_the_table_says_and_in_no_other_way(events: list[Event]) -> None:
     async def walk() -> None:
         with tempfile.TemporaryDirectory() as home:
-            store = Store(f"sqlite+aiosqlite:///{home}/a.db")
+            store = Store(f"sqlite:///{home}/a.db")
             try:
                 await migrate(store)
                 await add_team(store, TeamRecord("team", "Team", "team", True, 9, 9, 9, 9, 0))
@@ -141,7 +141,7 @@ def test_a_row_moves_as_the_table_says_and_in_no_other_way(events: list[Event]) 
 
 
 async def test_of_two_moves_at_once_one_wins(tmp_path: Path) -> None:
-    store = Store(f"sqlite+aiosqlite:///{tmp_path}/a.db")
+    store = Store(f"sqlite:///{tmp_path}/a.db")
     try:
         await migrate(store)
         await add_team(store, TeamRecord("team", "Team", "team", True, 9, 9, 9, 9, 0))
@@ -160,7 +160,7 @@ async def test_of_two_moves_at_once_one_wins(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("team", ["team", "other"])
 async def test_a_move_is_the_teams_own(tmp_path: Path, team: str) -> None:
-    store = Store(f"sqlite+aiosqlite:///{tmp_path}/a.db")
+    store = Store(f"sqlite:///{tmp_path}/a.db")
     try:
         await migrate(store)
         await add_team(store, TeamRecord("team", "Team", "team", True, 9, 9, 9, 9, 0))

@@ -147,8 +147,6 @@ def upgrade() -> None:
             "ix_sandboxes_live",
             ["state", "node_id"],
             unique=False,
-            sqlite_where=sa.text("state <> 'ended'"),
-            postgresql_where=sa.text("state <> 'ended'"),
         )
         batch_op.create_index("ix_sandboxes_started", ["team_id", "started_at", "id"], unique=False)
         batch_op.create_index("ix_sandboxes_team_state", ["team_id", "state", "started_at", "id"], unique=False)
@@ -156,8 +154,6 @@ def upgrade() -> None:
             "uq_sandboxes_idempotency",
             ["team_id", "idempotency_key"],
             unique=True,
-            sqlite_where=sa.text("idempotency_key IS NOT NULL"),
-            postgresql_where=sa.text("idempotency_key IS NOT NULL"),
         )
 
     op.create_table(
@@ -308,14 +304,10 @@ def downgrade() -> None:
     with op.batch_alter_table("sandboxes", schema=None) as batch_op:
         batch_op.drop_index(
             "uq_sandboxes_idempotency",
-            sqlite_where=sa.text("idempotency_key IS NOT NULL"),
-            postgresql_where=sa.text("idempotency_key IS NOT NULL"),
         )
         batch_op.drop_index("ix_sandboxes_team_state")
         batch_op.drop_index("ix_sandboxes_started")
-        batch_op.drop_index(
-            "ix_sandboxes_live", sqlite_where=sa.text("state <> 'ended'"), postgresql_where=sa.text("state <> 'ended'")
-        )
+        batch_op.drop_index("ix_sandboxes_live")
         batch_op.drop_index("ix_sandboxes_ended_at")
 
     op.drop_table("sandboxes")
