@@ -314,3 +314,9 @@ def test_garbage_is_an_error_of_the_caller(machine: AgentMachine) -> None:
         assert status == 400
     status, _ = machine.call("POST", "/process.Process/Nothing", b"{}", {"Content-Type": "application/json"})
     assert status == 404
+
+
+def test_what_is_started_goes_before_the_agent_when_memory_runs_out(sandbox: Sandbox) -> None:
+    scores = sandbox.commands.run("cat /proc/self/oom_score_adj /proc/1/oom_score_adj", user="root").stdout.split()
+
+    assert (scores[0], int(scores[1]) < 200) == ("200", True)

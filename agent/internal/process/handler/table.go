@@ -36,6 +36,7 @@ type Table struct {
 	reaper *reaper.Reaper
 	log    *logs.Log
 	groups *cgroup.Manager
+	score  *oomScore
 
 	mu      sync.Mutex
 	running map[uint32]*Process
@@ -44,7 +45,7 @@ type Table struct {
 
 // NewTable returns an empty table; groups may be nil.
 func NewTable(state *sandbox.State, r *reaper.Reaper, log *logs.Log, groups *cgroup.Manager) *Table {
-	return &Table{state: state, reaper: r, log: log, groups: groups, running: map[uint32]*Process{}, recent: map[uint32]*Process{}}
+	return &Table{state: state, reaper: r, log: log, groups: groups, score: newOOMScore(), running: map[uint32]*Process{}, recent: map[uint32]*Process{}}
 }
 
 // Start starts a program as its user and subscribes to its output from the first byte.
@@ -87,15 +88,12 @@ func (t *Table) Start(spec Spec) (*Process, *Subscription, error) {
 	if fd, ok := t.groups.For(spec.PTY != nil); ok {
 		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, fd
 	}
-	pid, exit, err := t.reaper.Fork(path, argv, attr)
+	pid, exit, err := t.score.fork(t.reaper, path, argv, attr)
 	fs.shutChild()
 	if err != nil {
 		fs.shutAll()
 		return nil, nil, fmt.Errorf("%w: %w", ErrBadStart, err)
 	}
-	// When memory runs out, what emberd started goes before emberd. Raising the score needs no privilege.
-	_ = os.WriteFile("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", []byte("200"), 0)
-
 	p := &Process{
 		PID: uint32(pid), Config: spec.Config, Tag: spec.Tag, t: t, cast: newBroadcast(),
 		in:   &input{isPTY: spec.PTY != nil, file: fs.in},
