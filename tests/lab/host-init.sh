@@ -23,7 +23,6 @@ sysctl -q -w net.ipv4.ip_forward=1
 for word in $(cat /proc/cmdline); do
   case "$word" in
     lab.key=*) echo "ssh-ed25519 ${word#lab.key=}" >/run/lab/authorized_keys ;;
-    lab.time=*) date -s "@${word#lab.time=}" >/dev/null ;;
   esac
 done
 

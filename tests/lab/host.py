@@ -153,7 +153,7 @@ class Lab:
             *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
             *(
                 "-append",
-                f"console=ttyS0 reboot=t panic=-1 mitigations=off quiet lab.key={key} lab.time={int(time.time())}",
+                f"console=ttyS0 reboot=t panic=-1 mitigations=off quiet lab.key={key}",
             ),
             # snapshot=on: writes go to an unlinked temporary file in TMPDIR, never to the cached image.
             *("-drive", f"file={image.disk},if=none,id=disk,format=raw,cache=unsafe,snapshot=on"),
@@ -185,7 +185,8 @@ class Lab:
                 raise LabError(f"QEMU ended ({process.returncode}): {log}\n{self.console()}")
             if "lab: host is up" in self.console():
                 try:
-                    if self.shell("true", capture=True, timeout=60).returncode == 0:
+                    now = f"date -s @{int(time.time())}"
+                    if self.shell(now, capture=True, timeout=60).returncode == 0:
                         return
                 except subprocess.TimeoutExpired:
                     pass

@@ -1,12 +1,13 @@
 """A real Firecracker in a real jail, with a namespace and a tap of the test's own.
 
-These tests ask nothing of the guest: its kernel may die early where the host's KVM is an emulated one. What needs a
-living guest is in `tests/lab`.
+These tests ask nothing of the guest, which has a kernel and a program that sleeps: where the host's KVM is an emulated
+one, even the kernel does not come far. What needs a living guest is in `tests/lab`.
 """
 
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -43,12 +44,26 @@ def _why_not() -> str | None:
     return None
 
 
+def sleeper() -> bytes:
+    """The smallest static program that never ends: an ELF header, one segment, and `pause` in a loop."""
+    code = bytes.fromhex("b8220000000f05ebf7")  # mov eax, 34 (pause); syscall; jmp to the start
+    base, header_bytes, segment_bytes = 0x400000, 64, 56
+    entry = header_bytes + segment_bytes
+    size = entry + len(code)
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH",
+        b"\x7fELF\x02\x01\x01", 2, 62, 1, base + entry, header_bytes, 0, 0, header_bytes, segment_bytes, 1, 0, 0, 0,
+    )  # fmt: skip
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 0x1000)
+    return header + segment + code
+
+
 @pytest.fixture(scope="session")
 def guest_files(tmp_path_factory: pytest.TempPathFactory) -> GuestFiles:
-    """The real kernel, from a cache shared by runs, and an initramfs whose `/init` is not a program."""
+    """The real kernel, from a cache shared by runs, and an initramfs whose `/init` does nothing for ever."""
     folder = parts.cache_dir() / "guest"
     agent = tmp_path_factory.mktemp("agent") / "emberd"
-    agent.write_bytes(b"no program")
+    agent.write_bytes(sleeper())
     with parts.one_at_a_time("guest"):
         return guest.make_guest_files(folder, agent)
 
