@@ -57,6 +57,12 @@ class Conflict(ControlError):
     status = 409
 
 
+class Interrupted(ControlError):
+    """A kill, or the end of the machine, overtook the operation; what state that left must be looked up."""
+
+    status = 409
+
+
 class TooLarge(ControlError):
     """The request's body is larger than the limit."""
 

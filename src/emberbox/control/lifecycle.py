@@ -20,6 +20,7 @@ from emberbox.control.errors import (
     Conflict,
     ControlError,
     Forbidden,
+    Interrupted,
     NodeTooSlow,
     NodeUnavailable,
     NotFound,
@@ -64,7 +65,9 @@ class Lifecycle:
 
         Raises:
             NotFound: it has ended already, never was, or is another team's.
-            NodeUnavailable: the node is away; the kill is recorded and done as soon as the node is back.
+
+        A node that is away is no error: nobody reaches the sandbox any more, the kill is recorded, and it is done as
+        soon as the node is back. (A client that was told to try again would find nothing, and report that.)
         """
         record = await self._move(
             sandbox_id,
@@ -74,7 +77,10 @@ class Lifecycle:
         )
         if record is None:
             raise sandbox_not_found(sandbox_id)
-        await self.finish_kill(record)
+        try:
+            await self.finish_kill(record)
+        except (NodeUnavailable, NodeTooSlow) as error:
+            log.warning("sandbox.kill_recorded", sandbox_id=sandbox_id, reason=error.message)
 
     async def finish_kill(self, record: SandboxRecord) -> None:
         """Carry out the kill that the row says."""
@@ -357,7 +363,9 @@ class Lifecycle:
 
     async def _not_done(self, record: SandboxRecord, event: Event, error: BaseException) -> None:
         """Take a transition back; or leave it to the next look at the node when its outcome is not known."""
-        if not isinstance(error, ControlError) or isinstance(error, NodeUnavailable | NodeTooSlow | Conflict):
+        if not isinstance(error, ControlError) or isinstance(
+            error, NodeUnavailable | NodeTooSlow | Interrupted | Conflict
+        ):
             log.warning("sandbox.outcome_unknown", sandbox_id=record.id, state=record.state, reason=str(error))
             await self._abandon(record.id, State(record.state))
             self._plane.nodes.look_again(record.node_id)

@@ -264,6 +264,7 @@ _TRANSLATION: dict[grpc.StatusCode, type[errors.ControlError]] = {
     grpc.StatusCode.NOT_FOUND: errors.NotFound,
     grpc.StatusCode.ALREADY_EXISTS: errors.Conflict,
     grpc.StatusCode.FAILED_PRECONDITION: errors.Conflict,
+    grpc.StatusCode.ABORTED: errors.Interrupted,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.NodeFull,
     grpc.StatusCode.INVALID_ARGUMENT: errors.Invalid,
     grpc.StatusCode.UNIMPLEMENTED: errors.NotBuilt,
