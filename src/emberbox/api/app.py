@@ -24,6 +24,7 @@ from emberbox.api import (
     tags,
     templates,
 )
+from emberbox.api.capabilities import documents, v1
 from emberbox.api.middleware import BodyLimit, EncodedSlashes, Measured
 from emberbox.control.service import ControlPlane
 from emberbox.settings import Settings
@@ -41,6 +42,8 @@ _ROUTERS = (
     admin.router,
     later.router,
     edge.router,
+    v1.router,
+    documents.router,
 )
 
 

@@ -6,11 +6,12 @@ from datetime import UTC, datetime
 from typing import Annotated, Literal
 from urllib.parse import parse_qsl, unquote
 
-from fastapi import Header, Query, Response
+from fastapi import Header, Query, Request, Response
 
 from emberbox.api.auth import Control, Team
 from emberbox.api.errors import declared
 from emberbox.api.fields import SandboxID, UnixMilliseconds, UnixSeconds
+from emberbox.api.linked import linked, wants_linked
 from emberbox.api.logs import log_entry, log_line
 from emberbox.api.paging import NEXT_TOKEN_HEADER, Limit, NextToken, decode, encode
 from emberbox.api.router import Router
@@ -135,11 +136,12 @@ async def metrics_of_many(
     return SandboxesWithMetrics(sandboxes={record.sandbox_id: sandbox_metric(record) for record in newest})
 
 
-@router.get("/sandboxes/{sandboxID}", responses=declared(401, 404, 500))
-async def get(sandboxID: SandboxID, plane: Control, team: Team) -> SandboxDetail:
-    """A sandbox that runs or is paused."""
+@router.get("/sandboxes/{sandboxID}", responses=declared(401, 404, 500), response_model=SandboxDetail)
+async def get(sandboxID: SandboxID, plane: Control, team: Team, request: Request) -> SandboxDetail | Response:
+    """A sandbox that runs or is paused; as JSON-LD where that is asked for."""
     record = await plane.sandboxes.get(team, sandboxID)
-    return sandbox_detail(record, plane.plane.tokens, plane.settings.sandbox_domain)
+    detail = sandbox_detail(record, plane.plane.tokens, plane.settings.sandbox_domain)
+    return linked(request, "Sandbox", detail) if wants_linked(request) else detail
 
 
 @router.delete("/sandboxes/{sandboxID}", status_code=204, responses=declared(401, 404, 500, 503))
