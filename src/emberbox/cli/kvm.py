@@ -39,7 +39,7 @@ class KvmUnusable(Exception):
     """KVM cannot run code here; the message says how it failed."""
 
 
-def probe() -> None:
+def probe(seconds: float = DEADLINE_SECONDS) -> None:
     """Run the guest code in a process of its own, which is killed when KVM hangs.
 
     Raises:
@@ -47,10 +47,10 @@ def probe() -> None:
     """
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "emberbox.cli.kvm"], capture_output=True, text=True, timeout=DEADLINE_SECONDS
+            [sys.executable, "-P", "-m", "emberbox.cli.kvm"], capture_output=True, text=True, timeout=seconds
         )
     except subprocess.TimeoutExpired:
-        raise KvmUnusable(f"a guest of four instructions did not end within {DEADLINE_SECONDS} s") from None
+        raise KvmUnusable(f"a guest of four instructions did not end within {seconds:g} s") from None
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"the probe ended with code {done.returncode}"]
         raise KvmUnusable(last[0])

@@ -293,13 +293,13 @@ def check_nftables(_: Settings) -> str:
     try:
         _try(["nft", "-f", "-"], "making a table failed", "modprobe nf_tables", standard_input=rules)
     finally:
-        subprocess.run(["nft", "delete", "table", "inet", table], capture_output=True, timeout=COMMAND_SECONDS)
+        subprocess.run(["nft", "delete", "table", "inet", table], capture_output=True, timeout=_patience())
     return "made and removed a table"
 
 
 def check_kvm(settings: Settings) -> str:
     try:
-        kvm.probe()
+        kvm.probe(kvm.DEADLINE_SECONDS * settings.time_scale)
         booted = _boot_guest(settings)
     except (kvm.KvmUnusable, FirecrackerError) as unusable:
         raise Unmet(
@@ -330,7 +330,7 @@ def check_program(program: str, flag: str) -> str:
         )
     try:
         # Some print their version and end with 1.
-        done = subprocess.run([program, flag], capture_output=True, text=True, timeout=COMMAND_SECONDS)
+        done = subprocess.run([program, flag], capture_output=True, text=True, timeout=_patience())
         output = done.stdout + done.stderr
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unmet(f"{program} does not run: {error}", f"reinstall {PACKAGES.get(program, program)}") from None
@@ -408,17 +408,22 @@ def port_problem(host: str, port: int) -> str | None:
 # ---- helpers
 
 
+def _patience() -> float:
+    """How long one program may take before it counts as hanging; slow hosts stretch it like every time-out."""
+    return COMMAND_SECONDS * Settings().time_scale
+
+
 class CommandError(Exception):
     """A helper command failed; the message is its last line."""
 
 
 def _run(command: list[str], *, standard_input: str | None = None) -> str:
     try:
-        done = subprocess.run(command, input=standard_input, capture_output=True, text=True, timeout=COMMAND_SECONDS)
+        done = subprocess.run(command, input=standard_input, capture_output=True, text=True, timeout=_patience())
     except FileNotFoundError:
         raise CommandError(f"{command[0]} is not installed") from None
     except subprocess.TimeoutExpired:
-        raise CommandError(f"{command[0]} did not end within {COMMAND_SECONDS} s") from None
+        raise CommandError(f"{command[0]} did not end within {_patience():g} s") from None
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise CommandError(lines[-1] if lines else f"{command[0]} ended with code {done.returncode}")
