@@ -27,6 +27,8 @@ key_app = typer.Typer(help="API keys of the first team.", no_args_is_help=True)
 sandbox_app = typer.Typer(help="Sandboxes of the first team.", no_args_is_help=True)
 app.add_typer(key_app, name="key")
 app.add_typer(sandbox_app, name="sandbox")
+skill_app = typer.Typer(help="The Agent Skill.", no_args_is_help=True)
+app.add_typer(skill_app, name="skill")
 
 Data = Annotated[
     Path | None,
@@ -296,3 +298,15 @@ def sandbox_shell(
     from emberbox.cli import shell
 
     raise typer.Exit(shell.shell(settings_from(data_dir=data), sandbox_id, user=user))
+
+
+@skill_app.command("install")
+def skill_install(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the agent looks for skills.")] = Path(
+        ".agents/skills"
+    ),
+) -> None:
+    """Write the skill into DIR/emberbox."""
+    from emberbox.cli import skill
+
+    print(skill.install(directory))
