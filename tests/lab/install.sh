@@ -11,6 +11,7 @@ case "$1" in
   all)
     make install
     tools/install.sh venv dev
+    .venv/bin/python -m compileall -q src tests bench
     .venv/bin/python tests/lab/prepare.py
     ;;
 esac
