@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 
 from emberbox import __version__
 from emberbox.api import (
@@ -25,6 +26,7 @@ from emberbox.api import (
     templates,
 )
 from emberbox.api.capabilities import documents, v1
+from emberbox.api.mcp import server as mcp
 from emberbox.api.middleware import BodyLimit, EncodedSlashes, Measured
 from emberbox.control.service import ControlPlane
 from emberbox.settings import Settings
@@ -50,9 +52,11 @@ _ROUTERS = (
 def create_app(settings: Settings) -> FastAPI:
     """The ASGI application. Its lifespan owns the control plane."""
 
+    mcp_endpoint = mcp.McpEndpoint()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with ControlPlane(settings) as control:
+        async with ControlPlane(settings) as control, mcp_endpoint.serving(control):
             app.state.control = control
             yield
 
@@ -71,14 +75,15 @@ def create_app(settings: Settings) -> FastAPI:
     errors.install(app)
     for router in _ROUTERS:
         app.include_router(router)
-    app.add_middleware(BodyLimit, exempt=("/files/",))
+    app.router.routes.append(Route(mcp.PATH, mcp_endpoint, include_in_schema=False))
+    app.add_middleware(BodyLimit, exempt=("/files/", mcp.PATH))
     app.add_middleware(EncodedSlashes)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=["*"],
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=["X-Next-Token", "X-Total-Running", "Should-Retry", "Retry-After"],
+        expose_headers=["X-Next-Token", "X-Total-Running", "Should-Retry", "Retry-After", "Mcp-Session-Id"],
         max_age=86400,
     )
     app.add_middleware(Measured)
