@@ -15,6 +15,7 @@ class FakeEdge(edge_pb2_grpc.EdgeServicer):
     def __init__(self) -> None:
         self.routes: dict[str, pb.Route] = {}
         self.calls: list[tuple[str, Any]] = []
+        self.refuses: set[str] = set()
         self._server: grpc.aio.Server | None = None
 
     async def start(self, address: str) -> None:
@@ -35,6 +36,8 @@ class FakeEdge(edge_pb2_grpc.EdgeServicer):
 
     async def DropRoute(self, request: pb.DropRouteRequest, context: Any) -> pb.DropRouteResponse:
         self.calls.append(("DropRoute", request))
+        if "DropRoute" in self.refuses:
+            await context.abort(grpc.StatusCode.INTERNAL, "the edge could not")
         self.routes.pop(request.sandbox_id, None)
         return pb.DropRouteResponse()
 

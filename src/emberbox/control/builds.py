@@ -59,7 +59,7 @@ class Builds:
         """See to it that `base` is there: wait for a node, build it when it is missing. Tells in `startup`."""
         try:
             await self._give_up_unfinished()
-            node = await self._connected_node()
+            node = await self.connected_node()
             ready = await self._ready_base(node)
             if not ready:
                 await self._build_base(node)
@@ -116,7 +116,7 @@ class Builds:
         if finished is None or finished.status != "ready":
             raise NodeFailed(str((finished.reason or {}).get("message")) if finished else "the build is gone")
 
-    async def _connected_node(self) -> Node:
+    async def connected_node(self) -> Node:
         """The first node that is up."""
         waits = [asyncio.create_task(node.connected.wait()) for node in self._plane.nodes]
         try:
@@ -127,13 +127,21 @@ class Builds:
         return self._plane.nodes.place()
 
     async def _give_up_unfinished(self) -> None:
-        for build in await rows.builds_in(self._plane.store, ["building"]):
-            if build.worker == self._plane.worker:
-                continue
-            if not self._plane.store.is_sqlite and now_ms() - build.updated_at < _BUILD_SECONDS * 1000:
-                continue  # Another api process may be following it.
+        for build in await self.interrupted():
+            if build.snapshot_id is not None:
+                continue  # `snapshots.py` undoes those.
             log.warning("build.interrupted", build_id=build.id, template_id=build.template_id)
             await self._fail(build.id, {"message": "the build was interrupted by a restart; start it again"})
+
+    async def interrupted(self) -> list[BuildRecord]:
+        """Builds and snapshots that were being made by a process that is gone."""
+        return [
+            build
+            for build in await rows.builds_in(self._plane.store, ["building"])
+            if build.worker != self._plane.worker
+            # With PostgreSQL another api process may be following it.
+            and (self._plane.store.is_sqlite or now_ms() - build.updated_at > _BUILD_SECONDS * 1000)
+        ]
 
     # ---- any build
 

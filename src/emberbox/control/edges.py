@@ -51,6 +51,8 @@ class Edge:
         self._channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
         self._stub: Any = edge_pb2_grpc.EdgeStub(self._channel)
         self._up = False
+        self._stale = asyncio.Event()
+        """A drop did not arrive: the edge has a route too many until the next replacement."""
         # A replacement is read from the store and sent as one step: a drop in between would be undone by it.
         self._replacing = asyncio.Lock()
 
@@ -64,13 +66,15 @@ class Edge:
         await self._tell("SetRoute", route, route.sandbox_id)
 
     async def drop_route(self, sandbox_id: str) -> None:
-        """Take a route away, ending the sandbox's open connections. Never fails."""
+        """Take a route away, ending the sandbox's open connections. Never fails: what did not arrive is made good."""
         if not self._up:
             return
         if self._replacing.locked():
             async with self._replacing:
                 pass
-        await self._tell("DropRoute", pb.DropRouteRequest(sandbox_id=sandbox_id), sandbox_id)
+        if not await self._tell("DropRoute", pb.DropRouteRequest(sandbox_id=sandbox_id), sandbox_id):
+            # Its address may soon be another sandbox's.
+            self._stale.set()
 
     async def keep_connected(self) -> None:
         """Follow the connection and send every route when it comes (back). Ends only by cancellation."""
@@ -79,12 +83,24 @@ class Edge:
             while state is not grpc.ChannelConnectivity.READY:
                 await self._channel.wait_for_state_change(state)
                 state = self._channel.get_state(try_to_connect=True)
-            if await self._replace():
-                await self._channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+            self._stale.clear()
+            if not await self._replace():
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
+            if await self._gone_or_stale():
                 log.warning("edge.away", target=self.target)
                 self._up = False
-            else:
-                await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _gone_or_stale(self) -> bool:
+        """Wait until the connection is lost (True) or the routes must be sent again (False)."""
+        gone = asyncio.ensure_future(self._channel.wait_for_state_change(grpc.ChannelConnectivity.READY))
+        stale = asyncio.ensure_future(self._stale.wait())
+        try:
+            await asyncio.wait([gone, stale], return_when=asyncio.FIRST_COMPLETED)
+            return gone.done()
+        finally:
+            gone.cancel()
+            stale.cancel()
 
     async def close(self) -> None:
         await self._channel.close(grace=None)
@@ -108,9 +124,10 @@ class Edge:
         log.info("edge.connected", target=self.target, routes=len(routes))
         return True
 
-    async def _tell(self, method: str, request: Any, sandbox_id: str) -> None:
+    async def _tell(self, method: str, request: Any, sandbox_id: str) -> bool:
         try:
             await getattr(self._stub, method)(request, timeout=_SECONDS * self._scale)
+            return True
         except grpc.aio.AioRpcError as error:
             log.warning(
                 "edge.call_failed",
@@ -119,6 +136,7 @@ class Edge:
                 code=error.code().name,
                 details=error.details(),
             )
+            return False
 
 
 def route_of(record: SandboxRecord, tokens: SandboxTokens) -> pb.Route:

@@ -72,7 +72,7 @@ class Lifecycle:
         record = await self._move(
             sandbox_id,
             Event.KILL,
-            {"worker": self._plane.worker, "idempotency_key": None},
+            {"worker": self._plane.worker},
             team_id=team.id if team else None,
         )
         if record is None:

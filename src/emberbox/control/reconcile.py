@@ -187,7 +187,6 @@ class Reconciler:
             "address": "",
             "ended_at": (machine.changed_unix_ms if machine is not None else 0) or now_ms(),
             "end_reason": reason,
-            "idempotency_key": None,
         }
         # An end that the node reports is final whatever the row says by now. That it does not know a machine is so
         # only as long as the row is as it was read.

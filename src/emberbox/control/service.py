@@ -81,7 +81,7 @@ class ControlPlane:
             asyncio.create_task(watch(self.plane, self._reconciler), name="watch nodes"),
             asyncio.create_task(self._edge.keep_connected(), name="keep edge"),
             asyncio.create_task(self._upkeep(), name="upkeep"),
-            asyncio.create_task(self.builds.ensure_base(), name="ensure base"),
+            asyncio.create_task(self._start_up(), name="start up"),
         ]
         for task in self._tasks:
             task.add_done_callback(_report_end)
@@ -102,6 +102,12 @@ class ControlPlane:
         """Every route there should be."""
         running = await sandbox_rows.by_state(self.store, [State.RUNNING.value])
         return [route_of(record, self.plane.tokens) for record in running]
+
+    async def _start_up(self) -> None:
+        """What is done once a node is there."""
+        await self.builds.ensure_base()
+        await self.builds.connected_node()
+        await self.snapshots.undo_interrupted()
 
     async def _upkeep(self) -> None:
         """Write down what is kept in memory, and forget what is kept no longer."""

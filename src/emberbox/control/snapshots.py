@@ -200,6 +200,17 @@ class Snapshots:
                 log.warning("snapshot.left_on_node", snapshot_id=build.snapshot_id, reason=left.message)
         await self._remove_build(build)
 
+    async def undo_interrupted(self) -> None:
+        """Remove the snapshots that a process which is gone was making, here and on their nodes."""
+        for build in await self._builds.interrupted():
+            if build.snapshot_id is None or build.node_id is None:
+                continue
+            try:
+                node = self._plane.nodes.get(build.node_id)
+            except NodeUnavailable:
+                continue  # At the next start.
+            await self._undo(node, build, NodeUnavailable("interrupted by a restart"))
+
     async def _remove_build(self, build: BuildRecord) -> None:
         store = self._plane.store
         await rows.delete_build(store, build.id)

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import update
 
 from emberbox.store.engine import Store
-from emberbox.store.tables import sandboxes
+from emberbox.store.tables import sandboxes, template_builds
 from emberbox.wire import node_pb2 as pb
 from tests.support.control import World, eventually, made_world
 
@@ -237,3 +237,50 @@ async def test_a_failed_base_build_is_told(restarted: World) -> None:
 
     assert told["base"]["status"] == "error"
     assert told["base"]["message"] == "no space left"
+
+
+async def test_an_interrupted_snapshot_is_undone(restarted: World) -> None:
+    sandbox_id = await created(restarted)
+    async with restarted.serving():
+        await restarted.ready()
+        await restarted.client.post(f"/sandboxes/{sandbox_id}/snapshots", json={"name": "mine"})
+    store = Store(restarted.settings.store_url)
+    await store.write_one(
+        update(template_builds)
+        .where(template_builds.c.snapshot_id.is_not(None))
+        .values(status="building", worker=str(uuid.uuid4()))
+    )
+    await store.close()
+
+    async with restarted.serving():
+        await eventually(lambda: not restarted.node.snapshots)
+
+        async def name_is_free() -> bool:
+            return (await restarted.client.get("/templates/mine")).status_code == 404
+
+        await eventually(name_is_free)
+
+
+async def test_a_drop_that_the_edge_did_not_take_is_made_good(restarted: World) -> None:
+    async with restarted.serving():
+        await restarted.ready()
+        await eventually(lambda: bool(restarted.edge.calls))
+        sandbox_id = (await restarted.create())["sandboxID"]
+        restarted.edge.refuses.add("DropRoute")
+        answer = await restarted.client.delete(f"/sandboxes/{sandbox_id}")
+
+        await eventually(lambda: sandbox_id not in restarted.edge.routes)
+
+    assert answer.status_code == 204
+
+
+async def test_a_repeated_create_after_a_kill_makes_no_other_sandbox(restarted: World) -> None:
+    send = {"json": {"templateID": "base"}, "headers": {"Idempotency-Key": "one"}}
+    async with restarted.serving():
+        await restarted.ready()
+        first = await restarted.client.post("/v2/sandboxes", **send)
+        await restarted.client.delete(f"/sandboxes/{first.json()['sandboxID']}")
+        again = await restarted.client.post("/v2/sandboxes", **send)
+
+    assert again.json() == first.json()
+    assert restarted.node.machines == {}
