@@ -54,7 +54,7 @@ def measure(arguments: argparse.Namespace) -> Result:
                 lambda: sandbox.files.write("data", data, use_octet_stream=True, request_timeout=300),
             )
             timed("up, SDK, multipart", lambda: sandbox.files.write("data", data, request_timeout=300))
-            timed("up, curl", lambda: subprocess.run([*curl, *octets, "--data-binary", f"@{local}", url], check=True))
+            timed("up, curl", lambda: subprocess.run([*curl, *octets, "-X", "POST", "-T", str(local), url], check=True))
             timed("down, SDK, stream", down_as_stream)
             timed("down, SDK, bytes", down_in_one)
             timed("down, curl", lambda: subprocess.run([*curl, url], check=True))
