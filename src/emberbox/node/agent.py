@@ -120,7 +120,7 @@ class Agent:
                 async for event in self._start(command, user=user, workdir=workdir, token=token, headers=limit):
                     if "end" in event:
                         end = event["end"]
-                        return int(end.get("exitCode", 0)) if end.get("exited", True) else -1
+                        return int(end.get("exitCode", 0)) if end.get("exited") else -1
         except TimeoutError:
             return -1
         raise AgentFailure(f"the agent did not tell how the command {command!r} ended")

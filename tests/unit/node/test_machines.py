@@ -473,3 +473,16 @@ async def test_a_snapshot_deleted_while_it_is_used_goes_afterwards(make_world: A
     assert world.left().get("snapshots") is None
     with pytest.raises(NoSuchSnapshot):
         await world.node.snapshots.delete("snap")
+
+
+async def test_a_host_without_memory_takes_no_more(make_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = await make_world(warm_max=1)
+    await world.create("s1")
+    await until(lambda: world.node.pool.size == 1)
+    monkeypatch.setattr("emberbox.node.machines.available_memory", lambda: 100 << 20)
+
+    with pytest.raises(NodeFull, match="less than 256 MiB of memory"):
+        await world.create("s2")
+
+    assert world.node.pool.size == 0
+    assert world.node.machines.find("s1").status().state is State.RUNNING
