@@ -226,6 +226,17 @@ def edge(data: Data = None) -> None:
     alone.run("edge", settings_from(data_dir=data))
 
 
+@app.command()
+def mcp(data: Data = None) -> None:
+    """Speak MCP on standard input and output, for desktop agents.
+
+    Passes on to the Emberbox of E2B_API_URL with E2B_API_KEY; without them, to the one of the data directory.
+    """
+    from emberbox.cli import mcp as command
+
+    command.bridge(settings_from(data_dir=data))
+
+
 @key_app.command("create")
 def key_create(
     name: Annotated[str, typer.Argument(help="What the key is for.")], data: Data = None, as_json: Json = False
