@@ -116,11 +116,25 @@ def test_the_asked_user_owns_what_is_written(sandbox, folder):
     assert sandbox.files.get_info(f"{folder}/by-user").group == "user"
 
 
-def test_the_user_may_not_write_where_only_root_may(sandbox):
-    with pytest.raises(Exception, match=r"(?i)permission denied"):
-        sandbox.files.write("/etc/not-mine", "x")
+def test_what_is_missing_outside_home_is_made_for_the_default_user(sandbox):
+    assert sandbox.files.make_dir("/app") is True
+    sandbox.files.write("/app/x.py", "print('x')")
+    sandbox.files.write("/srv/deep/er/file", "x")
 
-    assert not sandbox.files.exists("/etc/not-mine")
+    owners = sandbox.commands.run("stat -c %U /app /app/x.py /srv/deep /srv/deep/er /srv/deep/er/file /srv").stdout
+    assert owners.split() == ["user"] * 5 + ["root"]
+    assert sandbox.commands.run("python3 x.py", cwd="/app").stdout == "x\n"
+
+
+def test_the_user_may_not_write_what_only_root_may(sandbox):
+    before = sandbox.files.read("/etc/passwd")
+
+    for path in ("/etc/passwd", "/root/not-mine"):
+        with pytest.raises(Exception, match=r"(?i)permission denied"):
+            sandbox.files.write(path, "x")
+
+    assert sandbox.files.read("/etc/passwd") == before
+    assert not sandbox.files.exists("/root/not-mine", user="root")
 
 
 def test_the_user_may_not_read_what_only_root_may(sandbox):

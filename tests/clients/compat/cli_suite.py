@@ -34,7 +34,11 @@ class sandbox:
     """A sandbox made and killed by the CLI itself."""
 
     def __enter__(self) -> str:
-        self.id = e2b("sandbox", "create", "--detach", "base").split()[-1]
+        # Newer releases print the ID alone, older ones a sentence with it.
+        text = e2b("sandbox", "create", "--detach", "base")
+        found = re.search(r"\b[a-z0-9]{15,}\b", text)
+        assert found, f"no sandbox ID in {text!r}"
+        self.id = found[0]
         return self.id
 
     def __exit__(self, *_: object) -> None:
@@ -43,12 +47,12 @@ class sandbox:
 
 def create_and_kill() -> None:
     with sandbox() as sandbox_id:
-        assert re.fullmatch(r"[a-z0-9]+", sandbox_id)
+        assert sandbox_id in e2b("sandbox", "list")
+    assert sandbox_id not in e2b("sandbox", "list")
 
 
 def listed() -> None:
     with sandbox() as sandbox_id:
-        assert sandbox_id in e2b("sandbox", "list")
         assert sandbox_id in [each["sandboxId"] for each in json.loads(e2b("sandbox", "list", "--format", "json"))]
 
 

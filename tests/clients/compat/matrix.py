@@ -299,27 +299,34 @@ def table(releases: list[Release], title: str, client: str) -> str:
     return "\n".join(lines)
 
 
+TITLES = {"python": "Python `e2b`", "javascript": "JavaScript `e2b`", "cli": "Command line `@e2b/cli`"}
+
+
 def write_page(releases: list[Release], runtime: str) -> None:
+    """Put the tables of the clients that were run into the page; those of the others stay."""
     text = PAGE.read_text() if PAGE.exists() else ""
     if BEGIN not in text or END not in text:
         raise SystemExit(f"{PAGE} has no place for the table: it needs the lines {BEGIN} and {END}")
+    head, _, rest = text.partition(BEGIN)
+    old, _, tail = rest.partition(END)
     today = datetime.date.today().isoformat()
     about = (
         f"Tested on {today} with the `{runtime}` runtime by `make compat`. A dash: the release does not have it. "
-        "`newest` is whatever the registry gave on that day. "
+        "The last line of each table is the newest release that the registry gave on that day. "
         f"Run by name over TLS (`E2B_DOMAIN`) instead of by address: {', '.join(sorted(BY_NAME))}; the oldest cannot "
         "be given addresses, and Python 2.15's `Sandbox.connect` sends no sandbox ID with `E2B_SANDBOX_URL`."
     )
-    parts = [
-        BEGIN,
-        about,
-        table(releases, "Python `e2b`", "python"),
-        table(releases, "JavaScript `e2b`", "javascript"),
-        table(releases, "Command line `@e2b/cli`", "cli"),
-        END,
+    run = {each.client for each in releases}
+    tables = [
+        table(releases, title, client) if client in run else _section(old, title) for client, title in TITLES.items()
     ]
-    head, _, rest = text.partition(BEGIN)
-    PAGE.write_text(head + "\n\n".join(parts) + rest.partition(END)[2])
+    PAGE.write_text(head + "\n\n".join([BEGIN, about, *filter(None, tables), END]) + tail)
+
+
+def _section(text: str, title: str) -> str:
+    """The part of a page below one heading, up to the next."""
+    _, found, rest = text.partition(f"### {title}\n")
+    return f"### {title}\n{rest.partition('### ')[0]}".rstrip() if found else ""
 
 
 def main() -> int:
@@ -355,8 +362,7 @@ def main() -> int:
         bad = [outcome.case for outcome in each.outcomes if outcome.result in ("failed", "hung")]
         print(f"FAILED: {each.client} {each.version}: {', '.join(bad) or 'could not be installed'}", flush=True)
     print(f"{len(releases) - len(failed)} of {len(releases)} releases work with every case")
-    complete = arguments.only is None and arguments.release is None
-    if complete and not arguments.no_write:
+    if arguments.release is None and not arguments.no_write:
         write_page(releases, runtime)
     return 1 if failed or not releases else 0
 
