@@ -36,12 +36,29 @@ func Do(u *users.User, f func() error) error {
 		}
 		return f()
 	}
+	return do(u, 0, f)
+}
+
+// Overriding is Do with one right more: the modes of directories and files do
+// not bind f (CAP_DAC_OVERRIDE). What f creates still belongs to u from its
+// first moment, so that nothing has to be given away afterwards. Only package
+// missing has a use for it; f should be the one call that needs it.
+//
+// Errors: EPERM when emberd is not root, or has not got the right itself.
+func Overriding(u *users.User, f func() error) error {
+	if unix.Geteuid() != 0 {
+		return fmt.Errorf("override modes for user %q: %w", u.Name, unix.EPERM)
+	}
+	return do(u, 1<<unix.CAP_DAC_OVERRIDE, f)
+}
+
+func do(u *users.User, kept uint32, f func() error) error {
 	if err := acquire(); err != nil {
 		return fmt.Errorf("act as user %q: %w", u.Name, err)
 	}
 	defer func() { <-slots }()
 	runtime.LockOSThread()
-	saved, err := enter(u)
+	saved, err := enter(u, kept)
 	if err != nil {
 		return err // the thread stays locked: see the package's comment
 	}
@@ -94,9 +111,10 @@ type state struct {
 	root   bool
 }
 
-// enter gives the calling thread u's identity. Order: groups need a
-// capability, so they come first and the capabilities last.
-func enter(u *users.User) (state, error) {
+// enter gives the calling thread u's identity and, of the first 32
+// capabilities, those in kept. Order: groups need a capability, so they come
+// first and the capabilities last.
+func enter(u *users.User, kept uint32) (state, error) {
 	s := state{groups: ownGroups, root: u.UID == 0}
 	if err := capget(&s.caps); err != nil {
 		return s, fmt.Errorf("read capabilities: %w", err)
@@ -112,7 +130,7 @@ func enter(u *users.User) (state, error) {
 	}
 	if !s.root {
 		dropped := s.caps
-		dropped[0].Effective, dropped[1].Effective = 0, 0
+		dropped[0].Effective, dropped[1].Effective = kept, 0
 		if err := capset(&dropped); err != nil {
 			return s, fmt.Errorf("drop capabilities: %w", err)
 		}

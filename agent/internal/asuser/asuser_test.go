@@ -70,6 +70,28 @@ func TestRootsFilesAreOutOfReachAndGroupsCount(t *testing.T) {
 	}
 }
 
+func TestOverridingBendsModesAndNoOwnership(t *testing.T) {
+	u := nobody(t)
+	dir := open(t)
+	closed := filepath.Join(dir, "closed")
+	if err := os.Mkdir(closed, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	made := filepath.Join(closed, "made")
+
+	errMake := Overriding(u, func() error { return os.Mkdir(made, 0o755) })
+	errChown := Overriding(u, func() error { return os.Chown(closed, 4242, 4243) })
+	errAfter := Do(u, func() error { return os.Mkdir(made+"2", 0o755) })
+
+	var st unix.Stat_t
+	if errMake != nil || unix.Stat(made, &st) != nil || st.Uid != 4242 || st.Gid != 4243 {
+		t.Errorf("%v, owner %d:%d", errMake, st.Uid, st.Gid)
+	}
+	if !errors.Is(errChown, fs.ErrPermission) || !errors.Is(errAfter, fs.ErrPermission) {
+		t.Errorf("chown %v, afterwards %v", errChown, errAfter)
+	}
+}
+
 // Every thread of the program must still be root afterwards, whatever ran meanwhile.
 func TestTheIdentityDoesNotLeak(t *testing.T) {
 	u := nobody(t)

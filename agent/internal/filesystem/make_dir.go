@@ -9,6 +9,7 @@ import (
 
 	pb "emberbox/agent/gen/filesystem"
 	"emberbox/agent/internal/asuser"
+	"emberbox/agent/internal/missing"
 	"emberbox/agent/internal/rpc"
 )
 
@@ -27,7 +28,7 @@ func (s *Service) MakeDir(_ context.Context, req *connect.Request[pb.MakeDirRequ
 		}
 		return os.MkdirAll(path, 0o755)
 	})
-	if err != nil {
+	if err = missing.Dirs(u, path, err); err != nil {
 		return nil, rpc.FileError(err)
 	}
 	s.log.Debug("filesystem", "made directory", "path", path, "user", u.Name)

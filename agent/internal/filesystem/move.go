@@ -11,6 +11,7 @@ import (
 
 	pb "emberbox/agent/gen/filesystem"
 	"emberbox/agent/internal/asuser"
+	"emberbox/agent/internal/missing"
 	"emberbox/agent/internal/paths"
 	"emberbox/agent/internal/rpc"
 	"emberbox/agent/internal/transfer"
@@ -26,13 +27,15 @@ func (s *Service) Move(_ context.Context, req *connect.Request[pb.MoveRequest]) 
 	if err != nil {
 		return nil, rpc.Invalid("invalid destination: %w", err)
 	}
+	err = asuser.Do(u, func() error { _, err := os.Lstat(from); return err })
+	if err != nil {
+		return nil, rpc.FileError(err)
+	}
+	err = asuser.Do(u, func() error { return os.MkdirAll(filepath.Dir(to), 0o755) })
+	if err = missing.Dirs(u, filepath.Dir(to), err); err != nil {
+		return nil, rpc.FileError(err)
+	}
 	err = asuser.Do(u, func() error {
-		if _, err := os.Lstat(from); err != nil {
-			return err
-		}
-		if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
-			return err
-		}
 		err := os.Rename(from, to)
 		if errors.Is(err, syscall.EXDEV) {
 			// Another file system, or a directory of a read-only layer, which overlayfs cannot rename.

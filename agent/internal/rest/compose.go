@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 
 	"emberbox/agent/internal/asuser"
+	"emberbox/agent/internal/missing"
 )
 
 // maxSources bounds one compose request.
@@ -63,6 +64,10 @@ func (a *API) compose(req composeRequest) (*written, error) {
 			return nil, err
 		}
 	}
+	err = asuser.Do(u, func() error { return os.MkdirAll(filepath.Dir(to), 0o755) })
+	if err = missing.Dirs(u, filepath.Dir(to), err); err != nil {
+		return nil, fmt.Errorf("error creating directories of '%s': %w", to, err)
+	}
 	if err := asuser.Do(u, func() error { return join(sources, to) }); err != nil {
 		return nil, err
 	}
@@ -73,9 +78,6 @@ func (a *API) compose(req composeRequest) (*written, error) {
 func join(sources []string, to string) error {
 	if info, err := os.Stat(to); err == nil && info.IsDir() {
 		return fail(http.StatusBadRequest, "path '%s' is a directory", to)
-	}
-	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
-		return fmt.Errorf("error creating directories of '%s': %w", to, err)
 	}
 	part := filepath.Join(filepath.Dir(to), ".composing-"+rand.Text())
 	out, err := os.OpenFile(part, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)

@@ -39,3 +39,9 @@ func (a *API) mayUse(r *http.Request, operation string) error {
 	}
 	return nil
 }
+
+// bySignature says whether a file request that may be made has a signature for
+// it and no token.
+func (a *API) bySignature(r *http.Request) bool {
+	return a.State.Secured() && r.Header.Get("X-Access-Token") == ""
+}

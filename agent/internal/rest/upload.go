@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"mime"
 	"mime/multipart"
 	"net/http"
@@ -17,6 +18,7 @@ import (
 
 	"emberbox/agent/internal/asuser"
 	"emberbox/agent/internal/entry"
+	"emberbox/agent/internal/missing"
 	"emberbox/agent/internal/users"
 )
 
@@ -62,6 +64,7 @@ func (a *API) take(r *http.Request) ([]written, error) {
 		return nil, err
 	}
 	up := uploader{api: a, user: u, metadata: metadata, path: r.URL.Query().Get("path")}
+	up.strict = up.path == "" && a.bySignature(r)
 	kind, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	switch {
 	case err == nil && kind == "multipart/form-data":
@@ -95,7 +98,10 @@ type uploader struct {
 	user     *users.User
 	metadata map[string]string
 	path     string // of the query; may be empty in multipart
-	done     []written
+	// strict keeps to what the user itself may do: whoever was handed a URL
+	// signed for no path chooses paths, but did not choose the user.
+	strict bool
+	done   []written
 }
 
 func (up *uploader) raw(body io.Reader, size int64) error {
@@ -153,12 +159,7 @@ func (up *uploader) write(given string, body io.Reader, size int64) error {
 	if err != nil {
 		return err
 	}
-	var created bool
-	file, err := asuser.Get(up.user, func() (*os.File, error) {
-		file, isNew, err := openToWrite(path, size)
-		created = isNew
-		return file, err
-	})
+	file, created, err := up.open(path, size)
 	if err != nil {
 		return err
 	}
@@ -167,7 +168,7 @@ func (up *uploader) write(given string, body io.Reader, size int64) error {
 	buffers.Put(buf)
 	if err != nil {
 		if created {
-			_ = asuser.Do(up.user, func() error { return removeOpened(int(file.Fd()), path) })
+			up.undo(int(file.Fd()), path)
 		}
 		_ = file.Close()
 		return uploadError(path, err)
@@ -188,6 +189,38 @@ func (up *uploader) write(given string, body io.Reader, size int64) error {
 	return nil
 }
 
+// open opens path for a whole new content as the user. A file that the user may
+// not create is created for it (see package missing). It also says whether the
+// file is new: a new one whose body does not arrive whole is removed again.
+func (up *uploader) open(path string, size int64) (file *os.File, created bool, _ error) {
+	file, err := asuser.Get(up.user, func() (file *os.File, err error) {
+		file, created, err = openToWrite(path, size)
+		return file, err
+	})
+	if err == nil || up.strict {
+		return file, created, err
+	}
+	fd, err := missing.File(up.user, path, err)
+	if err != nil {
+		return nil, false, err
+	}
+	if err := asuser.Do(up.user, func() error { return ready(fd, path, size) }); err != nil {
+		up.undo(fd, path)
+		_ = unix.Close(fd)
+		return nil, false, err
+	}
+	return os.NewFile(uintptr(fd), path), true, nil
+}
+
+// undo removes the new file that fd has open.
+func (up *uploader) undo(fd int, path string) {
+	err := asuser.Do(up.user, func() error { return removeOpened(fd, path) })
+	err = missing.Remove(up.user, path, fd, err)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		up.api.Log.Warn("files", "unfinished upload not removed", "path", path, "error", err.Error())
+	}
+}
+
 func uploadError(path string, err error) error {
 	var pathErr *os.PathError
 	switch {
@@ -206,8 +239,7 @@ func uploadError(path string, err error) error {
 // openToWrite opens path for a whole new content; call it as the user. The
 // file is written in place: hard links, mode and open readers keep their
 // meaning. A size known ahead that cannot fit is refused before the old
-// content goes. It also says whether the file is new: a new one whose body
-// does not arrive whole is removed again.
+// content goes. It also says whether the file is new.
 func openToWrite(path string, size int64) (_ *os.File, created bool, _ error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, false, fmt.Errorf("error creating directories of '%s': %w", path, err)
@@ -263,9 +295,9 @@ func ready(fd int, path string, size int64) error {
 	if err := unix.Fstat(fd, &st); err != nil {
 		return err
 	}
-	var fs unix.Statfs_t
-	if size > 0 && unix.Fstatfs(fd, &fs) == nil && fs.Blocks > 0 {
-		if free := int64(fs.Bavail)*fs.Bsize + st.Blocks*512; size > free {
+	var disk unix.Statfs_t
+	if size > 0 && unix.Fstatfs(fd, &disk) == nil && disk.Blocks > 0 {
+		if free := int64(disk.Bavail)*disk.Bsize + st.Blocks*512; size > free {
 			return unix.ENOSPC
 		}
 	}
