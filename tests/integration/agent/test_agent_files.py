@@ -240,6 +240,58 @@ def test_a_signature_opens_one_file_for_one_operation(
     assert sandbox.commands.run("echo in").stdout == "in\n"
 
 
+def test_a_signature_for_no_path_makes_nothing_in_roots_folders(
+    fresh_machine: AgentMachine, connect: Callable[..., Sandbox]
+) -> None:
+    machine, token = fresh_machine, "secret-token"
+    machine.control("POST", "/init", json.dumps({"accessToken": token}).encode())
+    query = urlencode({"signature": get_signature("", "write", None, token)["signature"]})
+
+    def upload(path: str) -> int:
+        body = f'--b\r\nContent-Disposition: form-data; name="file"; filename="{path}"\r\n\r\nx\r\n--b--\r\n'
+        return machine.call(
+            "POST", f"/files?{query}", body.encode(), {"Content-Type": "multipart/form-data; boundary=b"}
+        )[0]
+
+    assert upload("/home/user/mine") == 200
+    assert upload("/app/file") == 500
+    assert not connect(machine, token).files.exists("/app")
+
+
+@pytest.mark.parametrize("octet_stream", [False, True], ids=["multipart", "octet-stream"])
+@pytest.mark.parametrize("path", ["/app{}/x.py", "/srv/deep{}/er/file", "/srv/file{}"])
+def test_what_is_missing_in_roots_folders_is_made_for_the_user(sandbox: Sandbox, path: str, octet_stream: bool) -> None:
+    path = path.format(time.monotonic_ns())
+
+    sandbox.files.write(path, "first, and long", use_octet_stream=octet_stream, metadata={"k": "v"})
+    sandbox.files.write(path, "second", use_octet_stream=octet_stream)
+
+    made = [path] if path.startswith("/srv/file") else [path, path.rsplit("/", 1)[0]]
+    owners = sandbox.commands.run(f"stat -c %U:%G:%a {' '.join(made)}; stat -c %U:%G:%a /srv").stdout.split()
+    assert sandbox.files.read(path) == "second"
+    assert owners == [*["user:user:644", "user:user:755"][: len(made)], "root:root:755"]
+
+
+def test_a_folder_in_roots_is_made_for_the_user_once(sandbox: Sandbox) -> None:
+    path = f"/app{time.monotonic_ns()}"
+
+    assert sandbox.files.make_dir(f"{path}/deep") is True
+    assert sandbox.files.make_dir(path) is False
+    sandbox.files.write("moved", "x")
+    sandbox.files.rename("moved", f"{path}2/moved")
+
+    assert [sandbox.files.get_info(p).owner for p in (path, f"{path}/deep", f"{path}2/moved")] == ["user"] * 3
+
+
+def test_an_upload_that_ends_early_leaves_nothing_in_roots_folders(machine: AgentMachine, sandbox: Sandbox) -> None:
+    headers = {"Content-Type": "application/octet-stream", "Content-Encoding": "gzip"}
+
+    status, _ = machine.call("POST", "/files?path=/srv/cut", gzip.compress(ALL_BYTES)[:-10], headers)
+
+    assert status == 400
+    assert not sandbox.files.exists("/srv/cut")
+
+
 def _names(watcher: object, kind: FilesystemEventType, name: str, seconds: float = 30) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

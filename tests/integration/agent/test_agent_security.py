@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
@@ -119,6 +120,56 @@ def test_a_link_swapped_during_writes_never_reaches_roots_files(sandbox: Sandbox
     racer.kill()
     assert sandbox.files.read("/root/target", user="root") == "untouched"
     assert sandbox.files.get_info("/root/target", user="root").owner == "root"
+
+
+def test_nothing_of_roots_is_replaced_or_reached_by_a_detour(sandbox: Sandbox) -> None:
+    sandbox.commands.run(
+        "mkdir -p -m 755 /srv/held/dir && echo old > /srv/held/file && mkdir -m 700 /srv/held/private"
+        " && ln -s dir /srv/held/link && ln -s /srv/held/dangling /srv/held/nowhere"
+        " && mkdir -p /tmp/held /dev/shm/held /run/e2b",
+        user="root",
+    )
+    sandbox.commands.run("ln -sfn /etc /tmp/l; ln -sfn /etc ~/l; ln -sfn /srv/held/dangling ~/nowhere")
+    before = sandbox.commands.run("find /srv/held -printf '%p %U:%G %m %s\n'", user="root").stdout
+
+    links = ["/tmp/l/new", "/home/user/l/new", "/home/user/l/new/deep", "/srv/held/link/new"]
+    taken = ["/srv/held/file", "/srv/held/nowhere", "/home/user/nowhere", "/srv/held/file/below"]
+    private = ["/srv/held/private/new", "/root/new", "/home/other/new"]
+    mounts = ["/tmp/held/new", "/dev/new", "/dev/shm/held/new", "/run/e2b/new", "/proc/new"]
+    for path in (*links, *taken, *private, *mounts):
+        with pytest.raises(SandboxException):
+            sandbox.files.write(path, "mine")
+        with contextlib.suppress(SandboxException):
+            assert sandbox.files.make_dir(path) is False
+
+    assert sandbox.commands.run("find /srv/held -printf '%p %U:%G %m %s\n'", user="root").stdout == before
+    assert not any(sandbox.files.exists(p, user="root") for p in ("/etc/new", "/root/new", "/tmp/held/new", "/dev/new"))
+    assert not any(sandbox.files.exists(p, user="root") for p in ("/home/other/new", "/run/e2b/new"))
+
+
+def test_a_link_swapped_while_missing_files_are_made_is_not_followed(sandbox: Sandbox) -> None:
+    # A folder of root's inside the user's: refused to the user, who may exchange it for a link.
+    sandbox.commands.run(
+        "mkdir -p swap /srv/target && mkdir swap/d && chown user swap && ln -s /srv/target swap/link",
+        user="root",
+        cwd="/home/user",
+    )
+    script = (
+        "while :; do mv -T swap/d swap/t; mv -T swap/link swap/d; mv -T swap/d swap/link; mv -T swap/t swap/d; done"
+    )
+    racer = sandbox.commands.run(script, background=True, timeout=120)
+
+    made = 0
+    for n in range(400):
+        try:
+            sandbox.files.write(f"swap/d/{n}/new", "x")
+            made += 1
+        except SandboxException:
+            continue
+
+    racer.kill()
+    assert made > 0
+    assert sandbox.files.list("/srv/target") == []
 
 
 def test_another_users_files_are_out_of_reach(sandbox: Sandbox) -> None:
