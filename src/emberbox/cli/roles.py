@@ -83,6 +83,9 @@ def edge_answers(settings: Settings) -> bool:
 
 
 def node_answers(settings: Settings) -> bool:
+    target = settings.node_target
+    if target.startswith("unix:") and not Path(target.removeprefix("unix:")).exists():
+        return False  # a gRPC channel for each look would cost more than the role's own start on a slow host
     return node_client.describe(settings, timeout=2)
 
 
