@@ -23,6 +23,7 @@ from emberbox.node.model import OPEN_NETWORK, Image, Network
 from emberbox.node.tasks import finish
 from emberbox.runtime.base import Limits, Machine, MachineSpec, Runtime, Saved, Slot
 from emberbox.runtime.errors import RuntimeFailure
+from emberbox.threads import to_thread_whole
 
 log = structlog.get_logger("emberbox.node")
 
@@ -125,7 +126,7 @@ class Hosting:
             await self.slots.apply(slot, network)
         directory = self.machines_dir / machine_id
         undo.push_async_callback(remove_tree, directory)
-        await asyncio.to_thread(directory.mkdir, mode=0o700)
+        await to_thread_whole(directory.mkdir, mode=0o700)
         upper = origin.upper
         if upper is None:
             upper = self.uppers_dir / f"{machine_id}.ext4"

@@ -26,7 +26,7 @@ LEVELS = ("debug", "info", "warn", "error")
 
 _BOUND_BYTES = 2 * 1024 * 1024
 _BATCH = 1000
-_COLLECT_SECONDS = 2.0
+_COLLECT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)

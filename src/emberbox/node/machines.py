@@ -196,14 +196,17 @@ class Machines:
         warm = hosted is not None
         if hosted is None:
             hosted = await self._start_cold(seed, record)
+        await finish(self._settle_created(sandbox, hosted, record))
+        ms = round((time.monotonic() - began) * 1000, 1)
+        log.info("sandbox.created", sandbox_id=new.sandbox_id, warm=warm, ms=ms)
+        return sandbox.status()
+
+    async def _settle_created(self, sandbox: Sandbox, hosted: Hosted, record: SandboxRecord) -> None:
         try:
             await self.run_on(sandbox, hosted, record)
         except BaseException:
             await self.hosting.end(hosted)
             raise
-        ms = round((time.monotonic() - began) * 1000, 1)
-        log.info("sandbox.created", sandbox_id=new.sandbox_id, warm=warm, ms=ms)
-        return sandbox.status()
 
     async def _claim_warm(self, record: SandboxRecord) -> Hosted | None:
         """Make a warm machine this sandbox's; None when there is none, or the ones there were had failed."""
@@ -334,21 +337,27 @@ class Machines:
             # Memory first: an operation that ends meanwhile must carry the new deadline on.
             sandbox.record = replace(record, deadline_ms=deadline_ms)
             self.deadlines.set(sandbox_id, deadline_ms)
-            await self.records.write(sandbox.record)
+            await finish(self._write_deadline(sandbox))
         return sandbox.status()
+
+    async def _write_deadline(self, sandbox: Sandbox) -> None:
+        async with sandbox.writing:
+            if not sandbox.ending and sandbox.record is not None and sandbox.record.state is State.RUNNING:
+                await self.records.write(sandbox.record)
 
     async def set_network(self, sandbox_id: str, network: Network) -> Status:
         """Replace what a sandbox may reach."""
         sandbox = self.find(sandbox_id)
 
         async def apply() -> Status:
-            record, hosted = sandbox.require(State.RUNNING), sandbox.hosted
+            sandbox.require(State.RUNNING)
+            hosted = sandbox.hosted
             assert hosted is not None
             await self.hosting.slots.apply(hosted.spec.slot, network)
-            await self.store(sandbox, replace(record, network=network))
+            await self.store(sandbox, replace(sandbox.require(State.RUNNING), network=network))
             return sandbox.status()
 
-        return await sandbox.operate(apply)
+        return await sandbox.operate(lambda: finish(apply()))
 
     # ---- ends
 
@@ -377,7 +386,8 @@ class Machines:
         if hosted is not None and record.state is State.RUNNING and reason is not EndReason.DIED:
             await self.logs.collect(sandbox.sandbox_id, hosted.agent)
         if reason is None:
-            await self.records.remove(sandbox.sandbox_id)
+            async with sandbox.writing:
+                await self.records.remove(sandbox.sandbox_id)
             self._forget(sandbox)
         else:
             await self.keep_end(sandbox, record, reason, message)
@@ -487,12 +497,13 @@ class Machines:
 
     async def store(self, sandbox: Sandbox, record: SandboxRecord) -> None:
         """Write a record and make it the sandbox's, unless writing fails. A deadline moved meanwhile is kept."""
-        before = sandbox.record
-        await self.records.write(record)
-        if sandbox.record is not before and sandbox.record is not None and record.state is State.RUNNING:
-            record = replace(record, deadline_ms=sandbox.record.deadline_ms)
+        async with sandbox.writing:
+            before = sandbox.record
             await self.records.write(record)
-        sandbox.record = record
+            moved = sandbox.record
+            if moved is not before and moved is not None and record.state is State.RUNNING:
+                record = replace(record, deadline_ms=moved.deadline_ms)  # its own write waits for this one
+            sandbox.record = record
 
     def _forget(self, sandbox: Sandbox) -> None:
         if self.sandboxes.get(sandbox.sandbox_id) is sandbox:

@@ -149,8 +149,8 @@ class Node:
             round_number += 1
             try:
                 await self.pool.tend()
+                await self.hosting.retry_stuck()
                 if round_number % _EVERY_TENDS == 0:
-                    await self.hosting.retry_stuck()
                     await self.builds.tend()
                     await self.logs.remove_old(frozenset(self.machines.sandboxes))
             except (NodeError, OSError) as error:

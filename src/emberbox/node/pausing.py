@@ -1,12 +1,12 @@
 """Pausing and resuming: with memory in place (frozen), with memory on the disk (saved), or with the files alone.
 
-Each is in an order that a crash of the node process at any point leaves either the running or the paused sandbox.
+Each is in an order that a crash of the node process at any point leaves either the running or the paused sandbox. What
+can be undone comes first and may be cancelled; the record and what follows from it (`_settle_...`) run to their end.
 `Machines` calls these inside the sandbox's turn.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import secrets
 import time
@@ -25,6 +25,7 @@ from emberbox.node.records import SandboxRecord, SavedFacts
 from emberbox.node.sandbox import Sandbox
 from emberbox.node.tasks import finish
 from emberbox.runtime.errors import RuntimeFailure
+from emberbox.threads import to_thread_whole
 
 if TYPE_CHECKING:
     from emberbox.node.machines import Machines
@@ -58,32 +59,39 @@ class Pausing:
         """Keep the machine as it is, with its clock stopped."""
         try:
             await hosted.machine.pause()
-            await self._machines.store(sandbox, paused)
         except BaseException:
             await finish(self._thaw(hosted))
+            raise
+        await finish(self._settle_frozen(sandbox, hosted, paused))
+
+    async def _settle_frozen(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
+        try:
+            await self._machines.store(sandbox, paused)
+        except BaseException:
+            await self._thaw(hosted)
             raise
 
     async def _pause_saving(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
         """Put memory and disk into a directory of their own, and end the machine."""
         directory = self._machines.saved_dir / f"{sandbox.sandbox_id}-{secrets.token_hex(4)}"
         try:
-            await asyncio.to_thread(directory.mkdir, mode=0o700, parents=True)
+            await to_thread_whole(directory.mkdir, mode=0o700, parents=True)
             await hosted.machine.pause()
             saved = await hosted.machine.save(directory, memory=True)
-            await self._machines.store(
-                sandbox,
-                replace(
-                    paused,
-                    machine=None,
-                    upper="",
-                    saved_directory=directory.name,
-                    saved=SavedFacts.of(saved, hosted.secret),
-                ),
-            )
         except BaseException:
             await finish(self._undo_saving(hosted, directory))
             raise
-        await finish(self._leave_machine(sandbox, hosted, keep_upper=False))
+        facts = SavedFacts.of(saved, hosted.secret)
+        settled = replace(paused, machine=None, upper="", saved_directory=directory.name, saved=facts)
+        await finish(self._settle_saved(sandbox, hosted, settled, directory))
+
+    async def _settle_saved(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord, directory: Path) -> None:
+        try:
+            await self._machines.store(sandbox, paused)
+        except BaseException:
+            await self._undo_saving(hosted, directory)
+            raise
+        await self._leave_machine(sandbox, hosted, keep_upper=False)
 
     async def _undo_saving(self, hosted: Hosted, directory: Path) -> None:
         await self._thaw(hosted)
@@ -91,24 +99,26 @@ class Pausing:
 
     async def _pause_files(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
         """End the machine and keep its disk."""
-        with contextlib.suppress(AgentFailure):
-            await hosted.agent.freeze_files()
-        details = SavedFacts(
-            runtime=self._hosting.runtime.name,
-            upper=hosted.spec.upper.name,
-            memory=False,
-            details=hosted.machine.record(),
-        )
-        await finish(self._keep_files(sandbox, hosted, replace(paused, machine=None, saved=details)))
+        await finish(self._keep_files(sandbox, hosted, paused))
 
     async def _keep_files(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
+        with contextlib.suppress(AgentFailure):
+            await hosted.agent.freeze_files()
         try:
-            await self._machines.store(sandbox, paused)
+            await self._machines.store(sandbox, replace(paused, machine=None, saved=self._files_of(hosted)))
         except BaseException:
             with contextlib.suppress(AgentFailure):
                 await hosted.agent.thaw_files()
             raise
         await self._leave_machine(sandbox, hosted, keep_upper=True)
+
+    def _files_of(self, hosted: Hosted) -> SavedFacts:
+        return SavedFacts(
+            runtime=self._hosting.runtime.name,
+            upper=hosted.spec.upper.name,
+            memory=False,
+            details=hosted.machine.record(),
+        )
 
     async def _leave_machine(self, sandbox: Sandbox, hosted: Hosted, *, keep_upper: bool) -> None:
         sandbox.unwatch()
@@ -147,24 +157,30 @@ class Pausing:
         return sandbox.status()
 
     async def _resume_frozen(self, sandbox: Sandbox, running: SandboxRecord) -> bool:
-        """Let the frozen machine go on; False when it cannot, and the files must do."""
+        """Let the frozen machine go on; False when it has ended, and the files must do."""
         hosted = sandbox.hosted
         assert hosted is not None
         try:
             await hosted.machine.resume()
             await hosted.agent.init(identity.again(running))
         except (RuntimeFailure, AgentFailure) as error:
+            if await hosted.machine.alive():
+                await finish(self._freeze_again(hosted))
+                raise
             log.warning("sandbox.frozen_lost", sandbox_id=sandbox.sandbox_id, error=str(error))
             return False
         except BaseException:
             await finish(self._freeze_again(hosted))
             raise
+        await finish(self._settle_thawed(sandbox, hosted, running))
+        return True
+
+    async def _settle_thawed(self, sandbox: Sandbox, hosted: Hosted, running: SandboxRecord) -> None:
         try:
             await self._machines.run_on(sandbox, hosted, running)
         except BaseException:
-            await finish(self._freeze_again(hosted))
+            await self._freeze_again(hosted)
             raise
-        return True
 
     async def _freeze_again(self, hosted: Hosted) -> None:
         try:
@@ -184,8 +200,7 @@ class Pausing:
                 running.image, running.limits, saved=saved, saved_secret=secret, network=running.network
             )
         )
-        await self._go_on(sandbox, hosted, running, keep_upper=False)
-        await remove_tree(directory)
+        await self._go_on(sandbox, hosted, running, used_up=directory)
 
     async def _resume_files(self, sandbox: Sandbox, running: SandboxRecord) -> None:
         """Start cold on the upper that the last machine left, in place."""
@@ -202,21 +217,37 @@ class Pausing:
                 running.image, running.limits, saved=saved, upper=upper, network=running.network
             )
         )
-        await self._go_on(sandbox, hosted, running, keep_upper=True)
+        await self._go_on(sandbox, hosted, running, used_up=None)
 
-    async def _go_on(self, sandbox: Sandbox, hosted: Hosted, running: SandboxRecord, *, keep_upper: bool) -> None:
+    async def _go_on(self, sandbox: Sandbox, hosted: Hosted, running: SandboxRecord, *, used_up: Path | None) -> None:
+        """Go on in a new machine.
+
+        Args:
+            used_up: the directory of saved memory that it was restored from; None when its upper is the sandbox's own.
+        """
         try:
             await hosted.agent.init(identity.again(running))
+        except BaseException:
+            await self._hosting.end(hosted, keep_upper=used_up is None)
+            raise
+        await finish(self._settle_running(sandbox, hosted, running, used_up))
+
+    async def _settle_running(
+        self, sandbox: Sandbox, hosted: Hosted, running: SandboxRecord, used_up: Path | None
+    ) -> None:
+        try:
             await self._machines.run_on(sandbox, hosted, running)
         except BaseException:
-            await self._hosting.end(hosted, keep_upper=keep_upper)
+            await self._hosting.end(hosted, keep_upper=used_up is None)
             raise
+        if used_up is not None:
+            await remove_tree(used_up)
 
     async def discard_frozen(self, sandbox: Sandbox) -> None:
         """Turn a sandbox paused in memory into one paused with its files only."""
         hosted, record = sandbox.hosted, sandbox.record
         assert hosted is not None
         assert record is not None
-        facts = SavedFacts(self._hosting.runtime.name, hosted.spec.upper.name, False, hosted.machine.record())
-        await self._machines.store(sandbox, replace(record, memory_kept=False, machine=None, saved=facts))
+        files = self._files_of(hosted)
+        await self._machines.store(sandbox, replace(record, memory_kept=False, machine=None, saved=files))
         await self._leave_machine(sandbox, hosted, keep_upper=True)

@@ -24,6 +24,7 @@ from emberbox.node.records import SavedFacts, write_file
 from emberbox.node.tasks import Tasks, finish
 from emberbox.runtime.base import Limits, Saved
 from emberbox.runtime.errors import RuntimeFailure, SavedDamaged
+from emberbox.threads import to_thread_whole
 
 log = structlog.get_logger("emberbox.node")
 
@@ -147,11 +148,11 @@ class Preparing:
         try:
             await hosted.agent.init(identity.unclaimed(image, limits))
             await self._hosting.run_template_commands(hosted, image)
-            await asyncio.to_thread(_fresh_directory, directory)
+            await to_thread_whole(_fresh_directory, directory)
             await hosted.machine.pause()
             saved = await hosted.machine.save(directory, memory=True)
             data = _ADAPTER.dump_json(SavedFacts.of(saved, hosted.secret))
-            await asyncio.to_thread(write_file, directory / _META, data, flush=True)
+            await to_thread_whole(write_file, directory / _META, data, flush=True)
         except BaseException:
             await finish(asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True))
             raise

@@ -19,8 +19,8 @@ import structlog
 from pydantic import TypeAdapter, ValidationError
 
 from emberbox.node.model import EndReason, Image, Network, State, TimeoutAction
-from emberbox.node.tasks import finish
 from emberbox.runtime.base import Limits, Saved
+from emberbox.threads import to_thread_whole
 
 log = structlog.get_logger("emberbox.node")
 
@@ -114,14 +114,12 @@ class Records:
         data = _ADAPTER.dump_json(record)
         flush = record.state is not State.RUNNING
         async with self._turn(record.sandbox_id):
-            await finish(
-                asyncio.to_thread(write_file, self._directory / f"{record.sandbox_id}.json", data, flush=flush)
-            )
+            await to_thread_whole(write_file, self._directory / f"{record.sandbox_id}.json", data, flush=flush)
 
     async def remove(self, sandbox_id: str) -> None:
         """Forget a sandbox. Idempotent."""
         async with self._turn(sandbox_id):
-            await asyncio.to_thread((self._directory / f"{sandbox_id}.json").unlink, missing_ok=True)
+            await to_thread_whole((self._directory / f"{sandbox_id}.json").unlink, missing_ok=True)
 
     def _turn(self, sandbox_id: str) -> asyncio.Lock:
         return self._turns.setdefault(sandbox_id, asyncio.Lock())

@@ -31,6 +31,8 @@ class Sandbox:
         self.fault = ""
         """Why its machine ended by itself."""
         self.lock = asyncio.Lock()
+        self.writing = asyncio.Lock()
+        """Held while the record on the disk changes: a deadline is moved without waiting for `lock`."""
         self.watch: asyncio.Task[None] | None = None
         self._operation: asyncio.Task[Any] | None = None
 

@@ -29,6 +29,7 @@ from emberbox.node.sandbox import Sandbox
 from emberbox.node.tasks import finish
 from emberbox.runtime.base import Limits
 from emberbox.runtime.errors import RuntimeFailure
+from emberbox.threads import to_thread_whole
 
 log = structlog.get_logger("emberbox.node")
 
@@ -85,7 +86,7 @@ class Snapshots:
         record = sandbox.record
         assert record is not None
         try:
-            await asyncio.to_thread(directory.mkdir, mode=0o700, parents=True)
+            await to_thread_whole(directory.mkdir, mode=0o700, parents=True)
             if sandbox.hosted is not None:
                 facts = await self._save_machine(sandbox.hosted, record, directory, memory=memory)
             else:
@@ -98,7 +99,7 @@ class Snapshots:
                 saved=facts,
                 size_bytes=await asyncio.to_thread(_allocated, directory),
             )
-            await asyncio.to_thread(write_file, directory / _META, _ADAPTER.dump_json(meta), flush=True)
+            await to_thread_whole(write_file, directory / _META, _ADAPTER.dump_json(meta), flush=True)
         except BaseException:
             await finish(remove_tree(directory))
             raise
@@ -128,7 +129,7 @@ class Snapshots:
         if record.saved_directory:
             source = self._machines.saved_dir / record.saved_directory
             if memory:
-                await asyncio.to_thread(_link_tree, source, directory, record.saved.upper)
+                await to_thread_whole(_link_tree, source, directory, record.saved.upper)
             await hosting.disks.clone(source / record.saved.upper, directory / record.saved.upper)
             return record.saved if memory else replace(record.saved, memory=False, secret="")
         await hosting.disks.clone(hosting.uppers_dir / record.upper, directory / "upper.ext4")

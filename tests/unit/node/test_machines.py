@@ -486,3 +486,149 @@ async def test_a_host_without_memory_takes_no_more(make_world: Any, monkeypatch:
 
     assert world.node.pool.size == 0
     assert world.node.machines.find("s1").status().state is State.RUNNING
+
+
+def slow_records(world: Any, monkeypatch: pytest.MonkeyPatch, reached: asyncio.Event | None = None) -> Any:
+    """Make every write of a record take long enough for others to overtake it; `reached` tells of the first."""
+    records = world.node.machines.records
+    write = records.write
+
+    async def slow_write(record: Any) -> None:
+        if reached is not None:
+            reached.set()
+        await asyncio.sleep(0.02)
+        await write(record)
+
+    monkeypatch.setattr(records, "write", slow_write)
+    return records
+
+
+async def test_deadlines_moved_during_other_operations_are_kept(
+    make_world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = await make_world()
+    await world.create("s1")
+    records = slow_records(world, monkeypatch)
+    deadlines = [later(1_000_000 + number) for number in range(5)]
+
+    await asyncio.gather(
+        world.node.machines.set_network("s1", Network(allow_internet=False)),
+        *(world.node.machines.set_deadline("s1", deadline, only_extend=False) for deadline in deadlines),
+    )
+
+    (on_disk,) = await records.load()
+    assert world.node.machines.find("s1").status().deadline_ms == deadlines[-1]
+    assert (on_disk.deadline_ms, on_disk.network) == (deadlines[-1], Network(allow_internet=False))
+
+
+async def test_a_deadline_moved_while_it_pauses_does_not_bring_it_back(
+    make_world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = await make_world()
+    await world.create("s1")
+    records = slow_records(world, monkeypatch)
+
+    await asyncio.gather(
+        world.node.machines.pause("s1", memory=False),
+        *(world.node.machines.set_deadline("s1", later(1_000_000 + n), only_extend=False) for n in range(3)),
+    )
+
+    (on_disk,) = await records.load()
+    assert (on_disk.state, world.node.machines.find("s1").status().state) == (State.PAUSED, State.PAUSED)
+
+
+async def test_a_deadline_moved_while_it_is_killed_leaves_no_record(
+    make_world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = await make_world()
+    await world.create("s1")
+    records = slow_records(world, monkeypatch)
+    move = asyncio.create_task(world.node.machines.set_deadline("s1", later(1_000_000), only_extend=False))
+    await asyncio.sleep(0)
+
+    await world.node.machines.kill("s1")
+
+    await asyncio.gather(move, return_exceptions=True)
+    assert await records.load() == []
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+async def test_a_pause_cancelled_while_it_is_written_is_whole(
+    make_world: Any, monkeypatch: pytest.MonkeyPatch, memory: bool, keep: bool
+) -> None:
+    world = await make_world(memory=memory)
+    await world.create("s1")
+    world.runtime.of(world.node, "s1").spec.upper.write_bytes(b"files")
+    reached = asyncio.Event()
+    records = slow_records(world, monkeypatch, reached)
+    pause = asyncio.create_task(world.node.machines.pause("s1", memory=keep))
+    await reached.wait()
+
+    pause.cancel()
+    await asyncio.gather(pause, return_exceptions=True)
+
+    (on_disk,) = await records.load()
+    assert (on_disk.state, world.node.machines.find("s1").status().state) == (State.PAUSED, State.PAUSED)
+    await world.node.machines.resume("s1", deadline_ms=later(60_000), on_timeout=None, discard_memory=False)
+    assert world.runtime.of(world.node, "s1").spec.upper.read_bytes() == b"files"
+
+
+async def test_a_create_cancelled_while_it_is_written_leaves_nothing(
+    make_world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = await make_world()
+    reached = asyncio.Event()
+    slow_records(world, monkeypatch, reached)
+    create = asyncio.create_task(world.create("s1"))
+    await reached.wait()
+
+    create.cancel()
+    await asyncio.gather(create, return_exceptions=True)
+
+    await until(lambda: world.left() == {})
+
+
+@pytest.mark.parametrize("operation", ["pause", "resume"])
+async def test_a_record_that_cannot_be_written_changes_nothing(
+    make_world: Any, any_runtime: Any, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    world = await make_world(runtime=any_runtime)
+    await world.create("s1")
+    if operation == "resume":
+        await world.node.machines.pause("s1", memory=True)
+    before = world.node.machines.find("s1").status()
+
+    async def full(_record: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    machines = world.node.machines
+    work = (
+        machines.pause("s1", memory=True)
+        if operation == "pause"
+        else machines.resume("s1", deadline_ms=later(60_000), on_timeout=None, discard_memory=False)
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(machines.records, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            await work
+
+    after = world.node.machines.find("s1").status()
+    assert (after.state, after.memory_kept) == (before.state, before.memory_kept)
+    assert len(world.left().get("saved", [])) == (before.state is State.PAUSED and not world.runtime.machines)
+
+
+async def test_a_frozen_machine_that_is_only_slow_keeps_its_memory(make_world: Any) -> None:
+    world = await make_world()
+    await world.create("s1")
+    machine = world.runtime.of(world.node, "s1")
+    await world.node.machines.pause("s1", memory=True)
+    machine.agent.refuse_init = True
+
+    with pytest.raises(AgentFailure):
+        await world.node.machines.resume("s1", deadline_ms=later(60_000), on_timeout=None, discard_memory=False)
+
+    machine.agent.refuse_init = False
+    assert (machine.frozen, machine.destroyed) == (True, False)
+    await world.node.machines.resume("s1", deadline_ms=later(60_000), on_timeout=None, discard_memory=False)
+    assert world.runtime.of(world.node, "s1") is machine
