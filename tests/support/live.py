@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 
 from emberbox.api.app import create_app
+from emberbox.api.main import Server
 from tests.support.control import World, made_world
 
 
@@ -28,7 +29,7 @@ def live_world(**settings: Any) -> Iterator[tuple[World, str]]:
             with socket.socket() as listener:
                 listener.bind(("127.0.0.1", 0))
                 config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on")
-                server = uvicorn.Server(config)
+                server = Server(config, app)
                 server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
                 serving = asyncio.create_task(server.serve(sockets=[listener]))
                 while not server.started and not serving.done():

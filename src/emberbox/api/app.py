@@ -58,6 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with ControlPlane(settings) as control, mcp_endpoint.serving(control):
             app.state.control = control
+            app.state.mcp = mcp_endpoint
             yield
 
     app = _Application(
