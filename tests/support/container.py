@@ -61,7 +61,7 @@ class Guest:
         """Host pid of the machine's first process."""
         return int(self.machine.record()["pid"])
 
-    async def run(self, command: str, *, user: str = "root", timeout: float = 60) -> Output:
+    async def run(self, command: str, *, user: str = "root", timeout: float = 180) -> Output:
         """Run a shell command inside."""
         start = {"process": {"cmd": "/bin/bash", "args": ["-l", "-c", command], "envs": {}}}
         body = json.dumps(start).encode()
