@@ -70,8 +70,8 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 _SHARES = (("p50", 0.50), ("p95", 0.95), ("p99", 0.99))
 
 
-def machine() -> dict[str, str | int]:
-    """The machine a figure was measured on."""
+def machine() -> dict[str, str | int | float]:
+    """The machine a figure was measured on; `load` is its load average of five minutes, this run's own share included."""
     model = "unknown"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -84,6 +84,7 @@ def machine() -> dict[str, str | int]:
         "memory_gib": round(memory_kib / 1024 / 1024),
         "kernel": platform.release(),
         "python": platform.python_version(),
+        "load": round(os.getloadavg()[1], 1),
     }
 
 

@@ -33,10 +33,12 @@ def run(script: list[str]) -> dict[str, Any] | None:
 
 def page_part(results: list[dict[str, Any]]) -> str:
     about = machine()
+    loads = [result["machine"]["load"] for result in results] or [about["load"]]
     lines = [
         BEGIN,
         f"Measured on {datetime.date.today():%Y-%m-%d}: {about['cpu']}, {about['cores']} cores, "
-        f"{about['memory_gib']} GiB, Linux {about['kernel']}.",
+        f"{about['memory_gib']} GiB, Linux {about['kernel']}. Load average {min(loads):g} to {max(loads):g}: "
+        "what exceeds the cores is other work, which stretches every figure, the floors too.",
     ]
     for result in results:
         lines += ["", f"### {result['title']}", "", "| figure | value | target | details |", "|---|---|---|---|"]
