@@ -26,8 +26,6 @@ _SECONDS = 3.0
 _REPLACE_SECONDS = 15.0
 _RETRY_SECONDS = 1.0
 _CHANNEL_OPTIONS = (
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import structlog
+from grpc.aio import EOF  # type: ignore[attr-defined]
 
 from emberbox.control import errors
 from emberbox.control.clock import now_ms
@@ -37,8 +38,6 @@ _SECONDS = {
 
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 32 * 1024 * 1024),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
@@ -46,6 +45,9 @@ _CHANNEL_OPTIONS = (
 )
 
 _FIRST_BACKOFF, _LAST_BACKOFF = 0.1, 3.0
+_SILENCE_SECONDS = 20.0
+"""A stream that is silent for so long is checked by a call. gRPC's own pings would not do: servers take more than one
+in five minutes for an attack and end the connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,7 @@ class Node:
             opened_ms = now_ms()
             try:
                 self._stream = self._stub.Watch(pb.WatchRequest())
-                async for event in self._stream:
+                async for event in self._events(self._stream):
                     if not self.connected.is_set():
                         await self.describe()
                         self.connected.set()
@@ -186,6 +188,23 @@ class Node:
                 log.warning("node.away", target=self.target, reason=reason)
             await asyncio.sleep(backoff)
             backoff = min(backoff * 2, _LAST_BACKOFF)
+
+    async def _events(self, stream: Any) -> AsyncIterator[pb.NodeEvent]:
+        """The stream's events. Silence is broken by a call, whose failure ends the stream."""
+        try:
+            while True:
+                reading = asyncio.ensure_future(stream.read())
+                try:
+                    while not (await asyncio.wait([reading], timeout=_SILENCE_SECONDS * self._scale))[0]:
+                        await self.describe()
+                finally:
+                    reading.cancel()
+                event = reading.result()
+                if event is EOF:
+                    return
+                yield event
+        finally:
+            stream.cancel()
 
     async def close(self) -> None:
         await self._channel.close(grace=None)

@@ -89,9 +89,15 @@ class Reconciler:
         # What ended is kept in mind too, so that a machine that outlived its row's end is found out below.
         for record in await rows.live(self._plane.store, node_id=node.node_id):
             known.add(record.id)
-            if self._goes_on_elsewhere(record) or record.state_changed_at > opened_ms:
-                continue
-            await self._repair(record, machines.get(record.id))
+            machine = machines.get(record.id)
+            if machine is not None and machine.state == pb.MACHINE_STATE_ENDED:
+                await self._end(record, machine)
+            elif self._goes_on_elsewhere(record) or record.state_changed_at > opened_ms:
+                # The row is newer than what the node says, or about to be.
+                if machine is not None and machine.state == pb.MACHINE_STATE_PAUSED:
+                    await self._overtaken(record)
+            else:
+                await self._repair(record, machine)
         for machine in state.machines:
             if machine.sandbox_id not in known:
                 await self._settle_unknown(node, machine)
@@ -149,13 +155,15 @@ class Reconciler:
             else:
                 await node.acknowledge([machine.sandbox_id])
         elif machine.state == pb.MACHINE_STATE_PAUSED and record is not None:
-            recorded = record.state == State.RUNNING and await self._found_paused(record, machine)
-            if not recorded:
-                self._plane.overtaken.add(record.id)
-                await self._no_longer_moving(record)
+            # An event that is older than the row may be of a pause that has been resumed from since.
+            current = record.state == State.RUNNING and machine.changed_unix_ms >= record.state_changed_at
+            if not (current and await self._found_paused(record, machine)):
+                await self._overtaken(record)
 
-    async def _no_longer_moving(self, record: SandboxRecord) -> None:
-        """Close the gap between reading the row and marking it: its transition may have been written down in it."""
+    async def _overtaken(self, record: SandboxRecord) -> None:
+        """A machine is paused while its row is on its way to `running`: have it looked at once the row is there."""
+        self._plane.overtaken.add(record.id)
+        # It may have got there between the reading and the marking.
         now = await rows.get(self._plane.store, record.id)
         if now is None or now.state in (State.PAUSED, State.KILLING, State.ENDED):
             self._plane.overtaken.discard(record.id)

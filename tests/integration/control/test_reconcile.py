@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
+from emberbox.control import nodes
 from emberbox.store.engine import Store
 from emberbox.store.tables import sandboxes, template_builds
 from emberbox.wire import node_pb2 as pb
@@ -284,3 +285,27 @@ async def test_a_repeated_create_after_a_kill_makes_no_other_sandbox(restarted: 
 
     assert again.json() == first.json()
     assert restarted.node.machines == {}
+
+
+async def test_a_silent_node_is_asked_and_left_when_it_does_not_answer(
+    restarted: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = restarted.node
+
+    def asked(method: str) -> int:
+        return sum(name == method for name, _ in node.calls)
+
+    async def fail(_request: object) -> None:
+        raise RuntimeError("cannot tell")
+
+    monkeypatch.setattr(nodes, "_SILENCE_SECONDS", 0.05)
+    async with restarted.serving():
+        await restarted.ready()
+        streams, descriptions = asked("Watch"), asked("Describe")
+        await eventually(lambda: asked("Describe") > descriptions + 2)
+        assert asked("Watch") == streams
+
+        node.before["Describe"] = fail
+        await eventually(lambda: asked("Watch") > streams)
+        node.before.clear()
+        await eventually(lambda: all(one.connected.is_set() for one in restarted.control.plane.nodes))
