@@ -52,8 +52,7 @@ def test_the_library_is_not_loaded_before_the_first_request():
 
 async def test_a_session_belongs_to_the_team_that_opened_it():
     async with serving_world() as world:
-        team = await world.control.accounts.add_team("Other", "other")
-        key = (await world.control.accounts.add_credential("api_key", team, "theirs")).value
+        _, key = await world.other_team()
         opened = await world.client.post("/mcp", json=INITIALIZE, headers=ACCEPT)
         session = {**ACCEPT, "Mcp-Session-Id": opened.headers["mcp-session-id"]}
 
