@@ -16,6 +16,7 @@ from pathlib import Path
 
 _FICLONE = 0x40049409  # _IOW(0x94, 9, int), linux/fs.h
 _CHUNK = 4 * 1024 * 1024
+_PAGE = 4096
 _KEEP_SIZE, _PUNCH_HOLE = 0x01, 0x02  # linux/falloc.h
 
 _libc = ctypes.CDLL(None)
@@ -81,24 +82,31 @@ def allocated(path: Path) -> int:
 
 def dig_holes(path: Path) -> None:
     """Turn the file's zero pages into holes, so that clones and checksums skip them."""
-    page = 4096
-    zero_chunk = bytes(_CHUNK)
-    zero_page = bytes(page)
     with path.open("r+b") as handle:
         descriptor = handle.fileno()
         for offset, length in list(_ranges(descriptor)):
-            position = offset
-            while position < offset + length:
-                block = os.pread(descriptor, min(_CHUNK, offset + length - position), position)
-                if not block:
-                    break
-                if block == zero_chunk[: len(block)]:
-                    _punch(descriptor, position, len(block))
-                else:
-                    for start in range(0, len(block), page):
-                        if block[start : start + page] == zero_page:
-                            _punch(descriptor, position + start, page)
-                position += len(block)
+            for start, end in _zero_runs(descriptor, offset, offset + length):
+                _punch(descriptor, start, end - start)
+
+
+def _zero_runs(descriptor: int, position: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of neighbouring pages of zeros, as long as they get: each costs a system call."""
+    began: int | None = None
+    while position < end:
+        block = os.pread(descriptor, min(_CHUNK, end - position), position)
+        if not block:
+            break
+        for at in range(0, len(block), _PAGE):
+            # A page is zeros when it has no other byte; stripping stops at the first one.
+            zeros = not block[at : at + _PAGE].lstrip(b"\0")
+            if zeros and began is None:
+                began = position + at
+            elif not zeros and began is not None:
+                yield began, position + at
+                began = None
+        position += len(block)
+    if began is not None:
+        yield began, position
 
 
 def _reflink(reader: int, writer: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberbox.runtime.firecracker import initramfs
@@ -38,6 +38,7 @@ def test_files_folders_links_and_devices_come_back_as_they_were() -> None:
     assert read_archive(initramfs.cpio(entries)) == entries
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.text("abc/.-", min_size=1, max_size=40), st.binary(max_size=99)), max_size=6))
 def test_any_names_and_contents_keep_the_archive_aligned(files: list[tuple[str, bytes]]) -> None:
     entries = [initramfs.file(name, data) for name, data in files]
