@@ -81,6 +81,14 @@ def test_the_schemas_of_a_tool_are_schemas_and_every_input_is_explained_or_plain
     assert tool.input_schema()["additionalProperties"] is False
 
 
+def test_an_optional_argument_is_shown_as_its_type():
+    timeout = TOOLS["e2b-resume-sandbox"].input_schema()["properties"]["timeout"]
+
+    assert timeout["type"] == "integer"
+    assert "anyOf" not in timeout
+    assert "default" not in timeout
+
+
 def test_names_are_not_used_twice():
     names = [tool.name for tool in (*PUBLISHED, *WORK)]
 
@@ -107,7 +115,9 @@ def test_long_output_is_shown_by_its_beginning_and_its_end():
 
 
 def _rest_fields(declared: dict[str, Any], document: dict[str, Any]) -> set[str]:
-    return {one["name"] for one in declared.get("parameters", ())} | set(_body(declared, document).get("properties", ()))
+    return {one["name"] for one in declared.get("parameters", ())} | set(
+        _body(declared, document).get("properties", ())
+    )
 
 
 def _rest_required(declared: dict[str, Any], document: dict[str, Any]) -> set[str]:

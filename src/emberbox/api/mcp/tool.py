@@ -49,7 +49,7 @@ class Tool:
     """Of input fields, where the model has none."""
 
     def input_schema(self) -> dict[str, Any]:
-        schema = self.input.model_json_schema()
+        schema: dict[str, Any] = _plain(self.input.model_json_schema())
         for name, description in self.descriptions.items():
             schema["properties"][name]["description"] = description
         return schema
@@ -67,6 +67,23 @@ class Tool:
         """
         answer = await self.run(call, self.input.model_validate(_flat(arguments)))
         return answer.model_dump(mode="json", exclude_unset=True)
+
+
+def _plain(schema: Any) -> Any:
+    """Optional fields as their type alone: `null` is understood, but models and simple clients do better without."""
+    if isinstance(schema, list):
+        return [_plain(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    plain = {name: _plain(value) for name, value in schema.items()}
+    variants = plain.get("anyOf")
+    if isinstance(variants, list) and {"type": "null"} in variants and len(variants) == 2:
+        (only,) = (variant for variant in variants if variant != {"type": "null"})
+        del plain["anyOf"]
+        if plain.get("default", ...) is None:
+            del plain["default"]
+        return {**only, **plain}
+    return plain
 
 
 def _flat(arguments: dict[str, Any]) -> dict[str, Any]:
