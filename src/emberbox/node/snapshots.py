@@ -73,11 +73,13 @@ class Snapshots:
         """
         check_snapshot_id(snapshot_id)
         directory = self._directory / snapshot_id
-        if snapshot_id in self._making or await asyncio.to_thread(directory.exists):
-            raise AlreadyHere(f"snapshot '{snapshot_id}' is already on this node")
         sandbox = self._machines.find(sandbox_id)
+        if snapshot_id in self._making:
+            raise _already_here(snapshot_id)
         self._making.add(snapshot_id)
         try:
+            if await asyncio.to_thread(directory.exists):
+                raise _already_here(snapshot_id)
             return await sandbox.operate(lambda: self._take(sandbox, snapshot_id, directory, memory=memory))
         finally:
             self._making.discard(snapshot_id)
@@ -252,6 +254,10 @@ async def _thaw_files(hosted: Hosted) -> None:
         await hosted.agent.thaw_files()
     except AgentFailure as error:
         log.error("snapshot.not_thawed", machine_id=hosted.spec.machine_id, error=str(error))
+
+
+def _already_here(snapshot_id: str) -> AlreadyHere:
+    return AlreadyHere(f"snapshot '{snapshot_id}' is already on this node")
 
 
 def check_snapshot_id(snapshot_id: str) -> None:

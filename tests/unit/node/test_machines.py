@@ -632,3 +632,17 @@ async def test_a_frozen_machine_that_is_only_slow_keeps_its_memory(make_world: A
     assert (machine.frozen, machine.destroyed) == (True, False)
     await world.node.machines.resume("s1", deadline_ms=later(60_000), on_timeout=None, discard_memory=False)
     assert world.runtime.of(world.node, "s1") is machine
+
+
+async def test_of_two_snapshots_with_one_id_one_is_taken(make_world: Any) -> None:
+    world = await make_world()
+    await world.create("s1")
+    await world.create("s2")
+
+    results = await asyncio.gather(
+        world.node.snapshots.take("s1", "snap", memory=False),
+        world.node.snapshots.take("s2", "snap", memory=False),
+        return_exceptions=True,
+    )
+
+    assert [type(result).__name__ for result in results] == ["SnapshotMeta", "AlreadyHere"]
