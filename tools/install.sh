@@ -19,10 +19,10 @@ die() {
 
 base_packages=(
   ca-certificates runc haproxy nftables iproute2 kmod procps
-  e2fsprogs erofs-utils util-linux mmdebstrap debian-archive-keyring skopeo umoci
+  e2fsprogs erofs-utils util-linux mmdebstrap debian-archive-keyring skopeo umoci lz4
 )
 test_packages=(postgresql wrk git)
-lab_packages=(qemu-system-x86 openssh-client cpio)
+lab_packages=(qemu-system-x86 openssh-client git)
 
 missing_packages() {
   local package
