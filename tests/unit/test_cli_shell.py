@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberbox.cli.errors import CliError
+from emberbox.api import agent_client
+from emberbox.api.agent_client import StreamError, envelope
 from emberbox.cli.output import printable
-from emberbox.cli.shell import _envelope, _messages
 
 
 async def read(data: bytes, cuts: list[int]) -> list[dict[str, Any]]:
@@ -23,7 +23,7 @@ async def read(data: bytes, cuts: list[int]) -> list[dict[str, Any]]:
             yield data[last:cut]
             last = cut
 
-    return [message async for message in _messages(chunks())]
+    return [message async for message in agent_client.messages(chunks())]
 
 
 def end(message: dict[str, Any]) -> bytes:
@@ -36,17 +36,17 @@ def end(message: dict[str, Any]) -> bytes:
     cuts=st.lists(st.integers(0, 10_000), max_size=8),
 )
 async def test_messages_arrive_whole_however_the_stream_is_cut(messages: list[dict[str, str]], cuts: list[int]) -> None:
-    stream = b"".join(_envelope(message) for message in messages) + end({})
+    stream = b"".join(envelope(message) for message in messages) + end({})
 
     assert await read(stream, cuts) == messages
 
 
 async def test_nothing_is_read_after_the_end() -> None:
-    assert await read(_envelope({"a": 1}) + end({}) + _envelope({"b": 2}), []) == [{"a": 1}]
+    assert await read(envelope({"a": 1}) + end({}) + envelope({"b": 2}), []) == [{"a": 1}]
 
 
 async def test_an_error_at_the_end_is_told() -> None:
-    with pytest.raises(CliError, match="no such user"):
+    with pytest.raises(StreamError, match="no such user"):
         await read(end({"error": {"code": "unauthenticated", "message": "no such user"}}), [])
 
 

@@ -1,15 +1,10 @@
-"""`emberbox sandbox shell`: a terminal in a sandbox, through the edge and the agent, as E2B's clients do it.
-
-The agent speaks Connect with JSON: a stream is a sequence of envelopes, one byte of flags and four of length before
-each message; flag 2 marks the last, which holds an error or nothing.
-"""
+"""`emberbox sandbox shell`: a terminal in a sandbox, through the edge and the agent, as E2B's clients do it."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import fcntl
-import json
 import os
 import signal
 import struct
@@ -22,13 +17,12 @@ from typing import Any
 
 import httpx
 
+from emberbox.api.agent_client import StreamError, Target, envelope, error_text, messages
 from emberbox.cli.api_client import Api
 from emberbox.cli.errors import CliError
 from emberbox.settings import Settings
 
-AGENT_PORT = 49983
 KEEPALIVE_SECONDS = 30
-END_STREAM = 2
 READ_BYTES = 4096
 
 
@@ -45,16 +39,9 @@ def shell(settings: Settings, sandbox_id: str, *, user: str) -> int:
         if sandbox["state"] != "running":
             raise CliError(f"sandbox {sandbox_id} is {sandbox['state']}: connect to it with a client to wake it first")
         url = api.sandbox_url
-    headers = {
-        "E2b-Sandbox-Id": sandbox_id,
-        "E2b-Sandbox-Port": str(AGENT_PORT),
-        "Connect-Protocol-Version": "1",
-        "Authorization": "Basic " + base64.b64encode(f"{user}:".encode()).decode(),
-    }
-    if sandbox.get("envdAccessToken"):
-        headers["X-Access-Token"] = sandbox["envdAccessToken"]
+    target = Target(sandbox_id, access_token=sandbox.get("envdAccessToken"), user=user)
     with _raw_terminal():
-        return asyncio.run(_Shell(url, headers).run())
+        return asyncio.run(_Shell(url, target.headers()).run())
 
 
 class _Shell:
@@ -82,6 +69,8 @@ class _Shell:
             raise CliError("the connection ended before the shell did")
         except httpx.TransportError as error:
             raise CliError(f"the connection to the sandbox broke: {error or type(error).__name__}") from None
+        except StreamError as error:
+            raise CliError(f"the shell ended: {error}") from None
         finally:
             loop.remove_reader(sys.stdin.fileno())
             loop.remove_signal_handler(signal.SIGWINCH)
@@ -106,7 +95,7 @@ class _Shell:
         async with self._http.stream(
             "POST",
             "/process.Process/Start",
-            content=_envelope(request),
+            content=envelope(request),
             headers={
                 "Content-Type": "application/connect+json",
                 "Keepalive-Ping-Interval": str(KEEPALIVE_SECONDS),
@@ -114,8 +103,8 @@ class _Shell:
         ) as response:
             if response.status_code != 200:
                 await response.aread()
-                raise CliError(_error_text(response))
-            async for message in _messages(response.aiter_bytes()):
+                raise CliError(error_text(response))
+            async for message in messages(response.aiter_bytes()):
                 yield message.get("event", {})
 
     def _typed(self) -> None:
@@ -142,42 +131,6 @@ class _Shell:
             body = {"process": {"pid": self._pid}, **change}
             with suppress(httpx.TransportError):
                 await self._http.post(f"/process.Process/{method}", json=body, timeout=10)
-
-
-async def _messages(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
-    """Split a Connect stream into its messages.
-
-    Raises:
-        CliError: the stream ended with an error.
-    """
-    buffer = bytearray()
-    async for chunk in chunks:
-        buffer += chunk
-        while len(buffer) >= 5:
-            flags, length = struct.unpack_from(">BI", buffer)
-            if len(buffer) < 5 + length:
-                break
-            message = json.loads(buffer[5 : 5 + length] or b"{}")
-            del buffer[: 5 + length]
-            if flags & END_STREAM:
-                if "error" in message:
-                    raise CliError(
-                        f"the shell ended: {message['error'].get('message') or message['error'].get('code')}"
-                    )
-                return
-            yield message
-
-
-def _envelope(message: dict[str, Any]) -> bytes:
-    data = json.dumps(message).encode()
-    return struct.pack(">BI", 0, len(data)) + data
-
-
-def _error_text(response: httpx.Response) -> str:
-    try:
-        return str(response.json()["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"the sandbox answered {response.status_code}"
 
 
 def _size() -> dict[str, int]:
