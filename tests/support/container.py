@@ -179,7 +179,8 @@ class World:
         found = [f"netns {path.name}" for path in Path("/run/netns").glob(f"{tag}-*")]
         found += [f"link {path.name}" for path in Path("/sys/class/net").glob(f"{tag}-*")]
         found += [f"mount {line.split()[1]}" for line in Path("/proc/mounts").read_text().splitlines() if tag in line]
-        found += [f"cgroup {path}" for path in Path("/sys/fs/cgroup").glob(f"**/{tag}*")]
+        roots = [Path("/sys/fs/cgroup"), *(path for path in Path("/sys/fs/cgroup").iterdir() if path.is_dir())]
+        found += [f"cgroup {path}" for root in roots for path in root.glob(f"{tag}*/**/")]
         found += [f"folder {path}" for path in Path("/run").glob(tag)]
         found += [
             f"loop {path.parent.parent.name}"

@@ -80,8 +80,8 @@ class Cgroup(ABC):
         """Process ids in it and below it."""
         found: set[int] = set()
         for folder in self.folders():
-            for path in folder.rglob("cgroup.procs"):
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # it may be removed meanwhile
+                for path in folder.rglob("cgroup.procs"):
                     found.update(int(line) for line in path.read_text().split())
         return found
 
