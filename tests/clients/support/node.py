@@ -23,10 +23,10 @@ JS = Path(__file__).resolve().parents[1] / "js"
 CLI = JS / "node_modules" / ".bin" / "e2b"
 
 
-def install() -> None:
+def install(folder: Path = JS) -> None:
     """`npm ci`, when what is installed is not what the lock file says. Safe to call from several processes."""
-    stamp = JS / "node_modules" / ".installed-from"
-    wanted = (JS / "package-lock.json").read_text()
+    stamp = folder / "node_modules" / ".installed-from"
+    wanted = (folder / "package-lock.json").read_text()
     with _locked(Path(tempfile.gettempdir()) / f"emberbox-npm-ci-{os.getuid()}.lock"):
         if stamp.exists() and stamp.read_text() == wanted:
             return
@@ -35,10 +35,10 @@ def install() -> None:
             raise RuntimeError("npm is not installed; `make install` installs it")
         done = subprocess.run(
             [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"],
-            cwd=JS, capture_output=True, text=True, timeout=seconds(300), check=False,
+            cwd=folder, capture_output=True, text=True, timeout=seconds(300), check=False,
         )  # fmt: skip
         if done.returncode != 0:
-            raise RuntimeError(f"npm ci failed in {JS}:\n{done.stdout}\n{done.stderr}")
+            raise RuntimeError(f"npm ci failed in {folder}:\n{done.stdout}\n{done.stderr}")
         stamp.write_text(wanted)
 
 
