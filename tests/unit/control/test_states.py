@@ -115,7 +115,7 @@ def sandbox(sandbox_id: str, team_id: str) -> SandboxRecord:
     )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.sampled_from(list(Event)), max_size=12))
 def test_a_row_moves_as_the_table_says_and_in_no_other_way(events: list[Event]) -> None:
     async def walk() -> None:
