@@ -21,6 +21,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 
 import structlog
@@ -145,10 +146,10 @@ class Machines:
         """
         if new.sandbox_id in self.sandboxes:
             raise AlreadyHere(f"sandbox '{new.sandbox_id}' is already on this node")
-        await self._check_room()
         sandbox = self.sandboxes[new.sandbox_id] = Sandbox(new.sandbox_id)
         self.counts.starting += 1
         try:
+            await self._check_room(before=sandbox)
             status = await sandbox.operate(lambda: self._create(sandbox, new, seed))
         except BaseException:
             self.counts.creates_failed += 1
@@ -162,12 +163,17 @@ class Machines:
         self.counts.creates_succeeded += 1
         return status
 
-    async def _check_room(self) -> None:
-        """One machine more than `max_machines`, or than the host has memory for, is refused; waiting ones give way."""
+    async def _check_room(self, *, before: Sandbox | None = None) -> None:
+        """One machine more than `max_machines`, or than the host has memory for, is refused; waiting ones give way.
+
+        Args:
+            before: count only those that were asked for earlier than this one.
+        """
         while await asyncio.to_thread(available_memory) < _MEMORY_RESERVE:
             if not await self.pool.make_room():
                 raise NodeFull("this node has less than 256 MiB of memory available; kill some sandboxes or add a node")
-        living = sum(1 for sandbox in self.sandboxes.values() if sandbox.record is None or sandbox.hosted is not None)
+        earlier = takewhile(lambda sandbox: sandbox is not before, self.sandboxes.values())
+        living = sum(1 for sandbox in earlier if sandbox.record is None or sandbox.hosted is not None)
         if living >= self.max_machines:
             raise NodeFull(f"this node runs {living} machines and may run {self.max_machines}; kill some or add a node")
         if living + self.pool.size >= self.max_machines:

@@ -646,3 +646,21 @@ async def test_of_two_snapshots_with_one_id_one_is_taken(make_world: Any) -> Non
     )
 
     assert [type(result).__name__ for result in results] == ["SnapshotMeta", "AlreadyHere"]
+
+
+async def test_of_two_creates_with_one_id_one_succeeds(make_world: Any) -> None:
+    world = await make_world()
+
+    results = await asyncio.gather(world.create("s1"), world.create("s1"), return_exceptions=True)
+
+    assert [type(result).__name__ for result in results] == ["Status", "AlreadyHere"]
+    assert len(world.runtime.machines) == 1
+
+
+async def test_the_last_place_goes_to_whoever_asked_first(make_world: Any) -> None:
+    world = await make_world(max_machines=2)
+
+    results = await asyncio.gather(*(world.create(f"s{n}") for n in range(4)), return_exceptions=True)
+
+    assert [type(result).__name__ for result in results] == ["Status", "Status", "NodeFull", "NodeFull"]
+    assert sorted(world.node.machines.sandboxes) == ["s0", "s1"]
