@@ -71,7 +71,7 @@ _SHARES = (("p50", 0.50), ("p95", 0.95), ("p99", 0.99))
 
 
 def machine() -> dict[str, str | int | float]:
-    """The machine a figure was measured on; `load` is its load average of five minutes, this run's own share included."""
+    """The machine a figure was measured on; `load` is its load average of five minutes, with this run's own share."""
     model = "unknown"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
