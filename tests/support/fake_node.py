@@ -18,6 +18,14 @@ from emberbox.wire import node_pb2_grpc
 Hook = Callable[[Any], Awaitable[None]]
 
 
+class Refuse(Exception):
+    """Raised in a hook: the call is answered with this status."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
+
+
 def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
@@ -108,7 +116,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
     # ---- the contract
 
     async def Describe(self, request: Any, context: Any) -> pb.NodeDescription:
-        await self._called("Describe", request)
+        await self._called("Describe", request, context)
         return pb.NodeDescription(
             node_id=self.node_id,
             runtime="container",
@@ -126,7 +134,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         )
 
     async def Create(self, request: pb.CreateRequest, context: Any) -> pb.MachineStatus:
-        await self._called("Create", request)
+        await self._called("Create", request, context)
         if request.sandbox_id in self.machines:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"sandbox {request.sandbox_id!r} is here already")
         if request.WhichOneof("source") == "snapshot_id" and request.snapshot_id not in self.snapshots:
@@ -148,7 +156,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         return status
 
     async def Pause(self, request: pb.PauseRequest, context: Any) -> pb.MachineStatus:
-        await self._called("Pause", request)
+        await self._called("Pause", request, context)
         machine = await self._machine(request.sandbox_id, context)
         if machine.status.state == pb.MACHINE_STATE_PAUSED:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the sandbox is paused already")
@@ -163,7 +171,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         machine.status.changed_unix_ms = now_ms()
 
     async def Resume(self, request: pb.ResumeRequest, context: Any) -> pb.MachineStatus:
-        await self._called("Resume", request)
+        await self._called("Resume", request, context)
         machine = await self._machine(request.sandbox_id, context)
         if machine.status.state == pb.MACHINE_STATE_RUNNING:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the sandbox is running")
@@ -177,50 +185,50 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         return machine.status
 
     async def Snapshot(self, request: pb.SnapshotRequest, context: Any) -> pb.SnapshotStatus:
-        await self._called("Snapshot", request)
+        await self._called("Snapshot", request, context)
         await self._machine(request.sandbox_id, context)
         status = pb.SnapshotStatus(snapshot_id=request.snapshot_id, memory_kept=False, size_bytes=4096)
         self.snapshots[request.snapshot_id] = status
         return status
 
     async def DeleteSnapshot(self, request: pb.DeleteSnapshotRequest, context: Any) -> pb.DeleteSnapshotResponse:
-        await self._called("DeleteSnapshot", request)
+        await self._called("DeleteSnapshot", request, context)
         if self.snapshots.pop(request.snapshot_id, None) is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such snapshot")
         return pb.DeleteSnapshotResponse()
 
     async def Fork(self, request: pb.ForkRequest, context: Any) -> pb.ForkResponse:
-        await self._called("Fork", request)
+        await self._called("Fork", request, context)
         await self._machine(request.sandbox_id, context)
         return pb.ForkResponse(results=[pb.ForkResult(machine=self._start(create)) for create in request.creates])
 
     async def Kill(self, request: pb.KillRequest, context: Any) -> pb.KillResponse:
-        await self._called("Kill", request)
+        await self._called("Kill", request, context)
         if self.machines.pop(request.sandbox_id, None) is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such sandbox")
         return pb.KillResponse()
 
     async def SetDeadline(self, request: pb.SetDeadlineRequest, context: Any) -> pb.MachineStatus:
-        await self._called("SetDeadline", request)
+        await self._called("SetDeadline", request, context)
         machine = await self._machine(request.sandbox_id, context)
         if not (request.only_extend and machine.status.deadline_unix_ms >= request.deadline_unix_ms):
             machine.status.deadline_unix_ms = request.deadline_unix_ms
         return machine.status
 
     async def SetNetwork(self, request: pb.SetNetworkRequest, context: Any) -> pb.MachineStatus:
-        await self._called("SetNetwork", request)
+        await self._called("SetNetwork", request, context)
         machine = await self._machine(request.sandbox_id, context)
         machine.request.network.CopyFrom(request.network)
         return machine.status
 
     async def Logs(self, request: pb.LogsRequest, context: Any) -> pb.LogsResponse:
-        await self._called("Logs", request)
+        await self._called("Logs", request, context)
         machine = await self._machine(request.sandbox_id, context)
         entries = [entry for entry in machine.logs if request.search in entry.message]
         return pb.LogsResponse(entries=entries[: request.limit])
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[pb.NodeEvent]:
-        await self._called("Watch", request)
+        await self._called("Watch", request, context)
         queue: asyncio.Queue[pb.NodeEvent] = asyncio.Queue()
         self._watchers.append(queue)
         try:
@@ -232,28 +240,31 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             self._watchers.remove(queue)
 
     async def Acknowledge(self, request: pb.AcknowledgeRequest, context: Any) -> pb.AcknowledgeResponse:
-        await self._called("Acknowledge", request)
+        await self._called("Acknowledge", request, context)
         for sandbox_id in request.sandbox_ids:
             self.ended.pop(sandbox_id, None)
         return pb.AcknowledgeResponse()
 
     async def Build(self, request: pb.BuildRequest, context: Any) -> AsyncIterator[pb.BuildEvent]:
-        await self._called("Build", request)
+        await self._called("Build", request, context)
         self.builds.append(request)
         for event in self.build_events:
             yield event
 
     async def DeleteBuild(self, request: pb.DeleteBuildRequest, context: Any) -> pb.DeleteBuildResponse:
-        await self._called("DeleteBuild", request)
+        await self._called("DeleteBuild", request, context)
         self.deleted_builds.append(request)
         return pb.DeleteBuildResponse()
 
     # ---- inside
 
-    async def _called(self, method: str, request: Any) -> None:
+    async def _called(self, method: str, request: Any, context: Any) -> None:
         self.calls.append((method, request))
         if hook := self.before.get(method):
-            await hook(request)
+            try:
+                await hook(request)
+            except Refuse as refused:
+                await context.abort(refused.code, refused.message)
 
     async def _machine(self, sandbox_id: str, context: Any) -> FakeMachine:
         machine = self.machines.get(sandbox_id)

@@ -127,9 +127,9 @@ class Lifecycle:
         try:
             await self._plane.nodes.get(record.node_id).pause(sandbox_id, memory=memory)
         except Conflict as error:
-            # It reached its deadline in this very moment and paused by itself.
-            await self._paused(sandbox_id)
-            raise Conflict(f"sandbox {sandbox_id!r} is paused already") from error
+            # Most likely it reached its deadline in this very moment and paused by itself; the node will say.
+            await self._not_done(record, Event.PAUSE_FAILED, error)
+            raise Conflict(f"sandbox {sandbox_id!r} is paused already, or changing its state") from error
         except NotFound as error:
             await self._ended(sandbox_id, "lost")
             raise sandbox_not_found(sandbox_id) from error

@@ -6,10 +6,12 @@ import asyncio
 from datetime import datetime
 from typing import Any
 
+import grpc
 import pytest
 
 from emberbox.wire import node_pb2 as pb
 from tests.support.control import EDGE_SECRET, World, eventually, set_limits
+from tests.support.fake_node import Refuse
 
 
 def seconds_left(detail: dict[str, Any]) -> float:
@@ -319,3 +321,39 @@ async def test_without_the_secret_there_is_no_wake(world: World) -> None:
     keyed = await world.client.post("/edge/wake", json={"sandboxID": sandbox_id})
 
     assert (wrong.status_code, keyed.status_code) == (404, 404)
+
+
+@pytest.mark.parametrize("machine", ["running", "paused"])
+async def test_a_pause_that_the_node_refuses_ends_where_the_node_says(world: World, machine: str) -> None:
+    sandbox_id = (await world.create())["sandboxID"]
+
+    async def refuse(_request: object) -> None:
+        if machine == "paused":
+            world.node._set_paused(world.node.machines[sandbox_id], memory=True)
+        raise Refuse(grpc.StatusCode.FAILED_PRECONDITION, "not now")
+
+    world.node.before["Pause"] = refuse
+    answer = await world.client.post(f"/sandboxes/{sandbox_id}/pause")
+
+    async def settled() -> bool:
+        return await world.state_of(sandbox_id) == machine
+
+    assert answer.status_code == 409
+    await eventually(settled)
+    await eventually(lambda: (sandbox_id in world.edge.routes) == (machine == "running"))
+
+
+async def test_what_the_node_has_no_room_for_may_be_tried_again(world: World) -> None:
+    async def refuse(_request: object) -> None:
+        raise Refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "no memory left on the node")
+
+    world.node.before["Create"] = refuse
+    answer = await world.client.post("/v2/sandboxes", json={"templateID": "base"})
+
+    assert answer.status_code == 503
+    assert answer.json() == {
+        "code": 503,
+        "message": "no memory left on the node",
+        "error_code": "sandbox_capacity_unavailable",
+    }
+    assert answer.headers["should-retry"] == "true"

@@ -5,22 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 
-import grpc
 import pytest
 
 from emberbox.wire import node_pb2 as pb
 from tests.support.control import World, eventually, set_limits
-
-
-class Refused(Exception):
-    """Raised in a hook of the fake node."""
-
-
-def refuse(code: grpc.StatusCode, message: str) -> object:
-    async def hook(_request: object) -> None:
-        raise grpc.aio.AbortError(f"{code}: {message}")
-
-    return hook
 
 
 async def test_a_create_answers_when_the_machine_runs_and_its_route_is_set(world: World) -> None:
