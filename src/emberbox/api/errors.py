@@ -8,6 +8,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -50,6 +51,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ControlError, _on_control_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(SQLAlchemyError, _on_store_error)
     app.add_exception_handler(Exception, _on_fault)
 
 
@@ -107,6 +109,12 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     elif error.status_code == 405:
         message = f"{request.url.path[:200]} does not take {request.method}"
     return _answer(error.status_code, message, headers=dict(error.headers or {}))
+
+
+async def _on_store_error(request: Request, error: Exception) -> JSONResponse:
+    """The database is away, locked or full. What was asked is undone, or finished when it is back."""
+    log.error("store.failed", method=request.method, path=request.url.path, exc_info=error)
+    return _answer(503, "the database cannot be used at the moment; try again", should_retry=True)
 
 
 async def _on_fault(request: Request, error: Exception) -> JSONResponse:

@@ -78,7 +78,8 @@ class Lifecycle:
         if record is None:
             raise sandbox_not_found(sandbox_id)
         try:
-            await self.finish_kill(record)
+            with self._plane.carrying(record.node_id, record.id):
+                await self.finish_kill(record)
         except (NodeUnavailable, NodeTooSlow) as error:
             log.warning("sandbox.kill_recorded", sandbox_id=sandbox_id, reason=error.message)
 
@@ -123,6 +124,12 @@ class Lifecycle:
         )
         if record is None:
             raise Conflict(f"sandbox {sandbox_id!r} is {SHOWN[State(current.state)]} already")
+        with self._plane.carrying(record.node_id, sandbox_id):
+            await self._pause(record, memory=memory)
+        log.info("sandbox.paused", sandbox_id=sandbox_id, memory=memory)
+
+    async def _pause(self, record: SandboxRecord, *, memory: bool) -> None:
+        sandbox_id = record.id
         await self._plane.edge.drop_route(sandbox_id)
         try:
             await self._plane.nodes.get(record.node_id).pause(sandbox_id, memory=memory)
@@ -178,7 +185,8 @@ class Lifecycle:
         record = await self._begin_resume(team, sandbox_id, changes)
         if record is None:
             raise Conflict(f"sandbox {sandbox_id!r} is {SHOWN[State(current.state)]}, not paused; use connect")
-        return await self._finish_resume(record, timeout, discard_memory=not memory, auto_pause=auto_pause)
+        with self._plane.carrying(record.node_id, sandbox_id):
+            return await self._finish_resume(record, timeout, discard_memory=not memory, auto_pause=auto_pause)
 
     async def _begin_resume(
         self, team: TeamRecord, sandbox_id: str, changes: Mapping[str, Any]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from emberbox.control.edges import Edge
+from emberbox.control.errors import ControlError
 from emberbox.control.nodes import Nodes
 from emberbox.control.tokens import SandboxTokens
 from emberbox.settings import Settings
@@ -24,8 +28,29 @@ class Plane:
     tokens: SandboxTokens
     worker: str = field(default_factory=lambda: str(uuid.uuid4()))
     """This process, in the rows whose transition it carries out."""
+    carried: Counter[str] = field(default_factory=Counter)
+    """Sandboxes whose transition this process is carrying out right now."""
     overtaken: set[str] = field(default_factory=set)
     """Sandboxes that a node reported as paused while their create or resume was still being written down."""
+
+    @contextmanager
+    def carrying(self, node_id: str, *sandbox_ids: str) -> Iterator[None]:
+        """Mark transitions as going on. One that breaks (a full disk, a lost database) is looked at again."""
+        self.carried.update(sandbox_ids)
+        broken = True
+        try:
+            yield
+            broken = False
+        except ControlError:
+            broken = False
+            raise
+        finally:
+            self.carried.subtract(sandbox_ids)
+            for sandbox_id in sandbox_ids:
+                if self.carried[sandbox_id] <= 0:
+                    del self.carried[sandbox_id]
+            if broken:
+                self.nodes.look_again(node_id)
 
     def written_down(self, sandbox_id: str, node_id: str) -> None:
         """A create or resume is in the store; look at the node again if it has gone on meanwhile."""

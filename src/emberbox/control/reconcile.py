@@ -107,7 +107,7 @@ class Reconciler:
         if State(record.state) not in IN_TRANSITION or record.worker is None:
             return False
         if record.worker == self._plane.worker:
-            return True
+            return record.id in self._plane.carried
         # SQLite has one api process: a transition of another one was interrupted by its end.
         return not self._plane.store.is_sqlite and now_ms() - record.state_changed_at < _ABANDONED_MS
 

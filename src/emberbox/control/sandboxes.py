@@ -104,12 +104,13 @@ class Sandboxes:
         except SandboxLimitReached as error:
             raise sandbox_limit(error) from error
 
-        try:
-            machine = await node.create(self._request(record, wanted, source))
-        except BaseException as error:
-            await asyncio.shield(self.undo_create(record, node, error))
-            raise
-        running = await self.started(record, machine)
+        with self._plane.carrying(node.node_id, record.id):
+            try:
+                machine = await node.create(self._request(record, wanted, source))
+            except BaseException as error:
+                await asyncio.shield(self.undo_create(record, node, error))
+                raise
+            running = await self.started(record, machine)
         log.info(
             "sandbox.created",
             sandbox_id=record.id,

@@ -240,16 +240,17 @@ class Snapshots:
             await sandbox_rows.add(self._plane.store, records, limit=team.max_sandboxes)
         except SandboxLimitReached as error:
             raise sandbox_limit(error) from error
-        try:
-            results = await node.fork(sandbox_id, [self._sandboxes.fork_request(record) for record in records])
-        except BaseException as error:
-            await asyncio.shield(self._undo_all(records, node, error))
-            if isinstance(error, NotFound):
-                raise sandbox_not_found(sandbox_id) from error
-            raise
-        return await asyncio.gather(
-            *(self._forked(record, result, node) for record, result in zip(records, results, strict=True))
-        )
+        with self._plane.carrying(node.node_id, *(record.id for record in records)):
+            try:
+                results = await node.fork(sandbox_id, [self._sandboxes.fork_request(record) for record in records])
+            except BaseException as error:
+                await asyncio.shield(self._undo_all(records, node, error))
+                if isinstance(error, NotFound):
+                    raise sandbox_not_found(sandbox_id) from error
+                raise
+            return await asyncio.gather(
+                *(self._forked(record, result, node) for record, result in zip(records, results, strict=True))
+            )
 
     async def _forked(self, record: SandboxRecord, result: pb.ForkResult, node: Node) -> SandboxRecord | ControlError:
         if result.WhichOneof("result") == "machine":

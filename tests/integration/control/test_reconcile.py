@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
 from sqlalchemy import update
+from sqlalchemy.exc import OperationalError
 
 from emberbox.control import nodes
 from emberbox.store.engine import Store
@@ -309,3 +311,51 @@ async def test_a_silent_node_is_asked_and_left_when_it_does_not_answer(
         await eventually(lambda: asked("Watch") > streams)
         node.before.clear()
         await eventually(lambda: all(one.connected.is_set() for one in restarted.control.plane.nodes))
+
+
+@contextmanager
+def store_fails(world: World) -> Iterator[None]:
+    """Every transaction fails, as on a full disk; reading goes on."""
+    sqlite = world.control.store._sqlite
+
+    async def fail(_function: object) -> None:
+        raise OperationalError("COMMIT", {}, Exception("database or disk is full"))
+
+    real, sqlite.writing = sqlite.writing, fail  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        sqlite.writing = real  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("during", ["Create", "Pause", "Resume", "Kill"])
+async def test_a_database_that_is_full_for_a_while_leaves_nothing_half_made(restarted: World, during: str) -> None:
+    async with restarted.serving():
+        await restarted.ready()
+        node, client = restarted.node, restarted.client
+        sandbox_id = (await restarted.create())["sandboxID"] if during != "Create" else ""
+        if during == "Resume":
+            await client.post(f"/sandboxes/{sandbox_id}/pause")
+        failing = ExitStack()
+
+        async def fill(_request: object) -> None:
+            node.before.clear()
+            failing.enter_context(store_fails(restarted))
+
+        node.before[during] = fill
+        if during == "Create":
+            answer = await client.post("/v2/sandboxes", json={"templateID": "base"})
+        elif during == "Kill":
+            answer = await client.delete(f"/sandboxes/{sandbox_id}")
+        else:
+            answer = await client.post(f"/sandboxes/{sandbox_id}/{during.lower()}")
+        failing.close()
+        sandbox_id = sandbox_id or next(request.sandbox_id for name, request in node.calls if name == "Create")
+
+        await settles(restarted, sandbox_id, {"Pause": "paused", "Resume": "running"}.get(during, "ended"))
+
+        assert answer.status_code == 503
+        assert answer.headers["should-retry"] == "true"
+        assert set(node.machines) == (set() if during in ("Create", "Kill") else {sandbox_id})
+        await eventually(lambda: set(restarted.edge.routes) == ({sandbox_id} if during == "Resume" else set()))
+        assert not restarted.control.plane.carried
