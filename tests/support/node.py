@@ -80,7 +80,8 @@ class NodeProcess:
             data_dir=self.data,
             instance_name="ebn" + secrets.token_hex(2),
             # 198.18.0.0/15 is set aside for tests of networks (RFC 2544).
-            slot_network=IPv4Network(f"198.18.{secrets.randbelow(240)}.0/24"),
+            # Large enough for addresses to rest after each of many machines.
+            slot_network=IPv4Network(f"198.18.{4 * secrets.randbelow(60)}.0/22"),
             runtime="container",
             inherit_host_network=True,
             id_range_start=1_400_000_000,

@@ -19,7 +19,7 @@ from pathlib import Path
 import structlog
 from pydantic import TypeAdapter, ValidationError
 
-from emberbox.node.errors import AgentFailure, AlreadyHere, BadValue, NodeError, NoSuchSnapshot
+from emberbox.node.errors import AgentFailure, AlreadyHere, BadValue, NodeError, NoSuchSandbox, NoSuchSnapshot
 from emberbox.node.files import remove_tree
 from emberbox.node.hosting import Hosted
 from emberbox.node.machines import Machines, Seed
@@ -86,7 +86,8 @@ class Snapshots:
 
     async def _take(self, sandbox: Sandbox, snapshot_id: str, directory: Path, *, memory: bool) -> SnapshotMeta:
         record = sandbox.record
-        assert record is not None
+        if record is None:  # its create failed while this waited for its turn
+            raise NoSuchSandbox(sandbox.sandbox_id)
         try:
             await to_thread_whole(directory.mkdir, mode=0o700, parents=True)
             if sandbox.hosted is not None:

@@ -121,8 +121,9 @@ async def test_nothing_is_left_after_a_storm() -> None:
             with contextlib.suppress(grpc.aio.AioRpcError):  # it may not be there
                 await node.stub.DeleteSnapshot(wire.DeleteSnapshotRequest(snapshot_id=f"snap{number}"))
         await node.stop()
-        left = node.host_traces()
+        left, log = node.host_traces(), node.log.read_text()
         await node.start()
 
-    assert (storm.unexpected, left) == ([], [])
+    failures = [line for line in log.splitlines() if '"exception"' in line]
+    assert (storm.unexpected, left, failures) == ([], [], [])
     assert storm.done > 20

@@ -664,3 +664,26 @@ async def test_the_last_place_goes_to_whoever_asked_first(make_world: Any) -> No
 
     assert [type(result).__name__ for result in results] == ["Status", "Status", "NodeFull", "NodeFull"]
     assert sorted(world.node.machines.sandboxes) == ["s0", "s1"]
+
+
+@pytest.mark.parametrize("operation", ["snapshot", "pause", "set_network"])
+async def test_what_waits_for_a_create_that_fails_finds_nothing(make_world: Any, operation: str) -> None:
+    world = await make_world()
+    reached = world.runtime.hold("start")
+    create = asyncio.create_task(world.create("s1"))
+    await reached.wait()
+    waiting = asyncio.create_task(
+        {
+            "snapshot": lambda: world.node.snapshots.take("s1", "snap", memory=False),
+            "pause": lambda: world.node.machines.pause("s1", memory=False),
+            "set_network": lambda: world.node.machines.set_network("s1", Network()),
+        }[operation]()
+    )
+    await asyncio.sleep(0.02)
+
+    world.runtime.fail_start = "no"
+    world.runtime.gates["start"].set()
+
+    results = await asyncio.gather(create, waiting, return_exceptions=True)
+    assert [type(result).__name__ for result in results] == ["RuntimeFailure", "NoSuchSandbox"]
+    assert world.left() == {}
