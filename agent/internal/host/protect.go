@@ -17,6 +17,7 @@ func Protect() error {
 	wipeEnvironment()
 	os.Clearenv()
 	unix.Umask(0o022)
+	resetInternalSignals()
 	if os.Geteuid() == 0 {
 		// prlimit() on a process needs all its ids to be the caller's, or CAP_SYS_RESOURCE. With
 		// a saved gid of its own no caller matches, so root inside cannot set emberd a CPU limit
