@@ -225,7 +225,7 @@ class NodeProcess:
         found += [
             f"loop {path.parent.parent.name}"
             for path in Path("/sys/block").glob("loop*/loop/backing_file")
-            if str(self.data / "node" / "uppers") in path.read_text()
+            if str(self.data / "node" / "uppers") in _backing_file(path)
         ]
         return sorted(found)
 
@@ -241,3 +241,11 @@ class NodeProcess:
         tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout
         found += [f"table {line}" for line in tables.splitlines() if tag in line]
         return found
+
+
+def _backing_file(path: Path) -> str:
+    """What a loop device stands for; empty when another test detached it meanwhile."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -65,7 +65,8 @@ async def test_too_much_memory_kills_inside_and_is_counted(world: World) -> None
 
     output = await guest.run("python3 -c 'x = bytearray(300 << 20)'; echo code $?")
 
-    assert output.text.endswith("code 137")
+    # What the shell says of it may come on either side.
+    assert "code 137" in output.text.splitlines()
     assert (await guest.machine.stats()).oom_kills >= 1
     assert await guest.machine.alive()
 

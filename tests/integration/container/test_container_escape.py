@@ -96,7 +96,8 @@ async def test_the_32_bit_system_calls_end_the_process(guest: Guest) -> None:
 
     output = await guest.run(f"cd /tmp && echo '{source}' > i386.c && gcc -o i386 i386.c && ./i386; echo code $?")
 
-    assert output.text.endswith(("code 159", "code 1")), output  # SIGSYS, or ENOSYS from a kernel without them
+    # SIGSYS, or ENOSYS from a kernel without them. What the shell says of it may come on either side.
+    assert {"code 159", "code 1"} & set(output.text.splitlines()), output
 
 
 async def test_sockets_below_ip_are_refused(guest: Guest) -> None:
