@@ -29,7 +29,7 @@ import structlog
 from emberbox.node import identity
 from emberbox.node.admission import available_memory
 from emberbox.node.deadlines import Deadlines
-from emberbox.node.errors import AgentFailure, AlreadyHere, NodeError, NodeFull, NoSuchSandbox, WrongState
+from emberbox.node.errors import AgentFailure, AlreadyHere, Interrupted, NodeError, NodeFull, NoSuchSandbox, WrongState
 from emberbox.node.events import Events
 from emberbox.node.files import remove_file, remove_tree
 from emberbox.node.hosting import Hosted, Hosting
@@ -150,6 +150,8 @@ class Machines:
         self.counts.starting += 1
         try:
             await self._check_room(before=sandbox)
+            if sandbox.ending:  # a kill came while room was looked for
+                raise Interrupted(f"sandbox '{new.sandbox_id}': it was killed")
             status = await sandbox.operate(lambda: self._create(sandbox, new, seed))
         except BaseException:
             self.counts.creates_failed += 1
