@@ -7,6 +7,7 @@ It is the container runtime's shape with nothing of the node around it. Needs ro
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import secrets
@@ -17,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import BinaryIO
 
 AGENT = Path(__file__).parents[2] / "agent"
 PORT = 49983
@@ -127,9 +129,9 @@ class AgentMachine:
         ip = lambda *a: subprocess.run(["ip", *a], check=True, capture_output=True)  # noqa: E731
         ip("netns", "add", self.netns)
         ip("link", "add", self._veth, "type", "veth", "peer", "name", "eth0", "netns", self.netns)
-        ip("addr", "add", f"{self._host_ip}/30", "dev", self._veth)
+        ip("addr", "add", f"{self._host_ip}/31", "dev", self._veth)
         ip("link", "set", self._veth, "up")
-        ip("-n", self.netns, "addr", "add", f"{self.ip}/30", "dev", "eth0")
+        ip("-n", self.netns, "addr", "add", f"{self.ip}/31", "dev", "eth0")
         ip("-n", self.netns, "link", "set", "eth0", "up")
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -188,16 +190,30 @@ class AgentMachine:
         return int(children[0])
 
 
+_claims: list[BinaryIO] = []
+"""Locked files, one for each pair of addresses that this process has had."""
+
+
 def _free_pair() -> tuple[str, str]:
-    """Two addresses of an unused /30 of TEST-NET-2's lower half (RFC 5737), which no instance routes.
+    """Two addresses, a /31 of TEST-NET-2's lower half (RFC 5737), which no instance routes.
 
     Not of the other two documentation networks: they are the real network of some hosts, which a route of ours there
     would cut off.
+
+    A pair is this process's until it ends: clients keep connections by address, and one to an earlier machine would
+    be used for its successor. Several test processes run side by side.
     """
-    taken = subprocess.run(["ip", "-4", "-o", "addr"], check=True, capture_output=True, text=True).stdout
-    pairs = [
-        (f"198.51.100.{n * 4 + 1}", f"198.51.100.{n * 4 + 2}")
-        for n in range(32)
-        if f" 198.51.100.{n * 4 + 1}/" not in taken
-    ]
-    return secrets.choice(pairs)
+    folder = Path(tempfile.gettempdir()) / "emberbox-test-agent-addresses"
+    folder.mkdir(exist_ok=True)
+    numbers = list(range(64))
+    secrets.SystemRandom().shuffle(numbers)
+    for number in numbers:
+        claim = (folder / str(number)).open("wb")
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            claim.close()
+            continue
+        _claims.append(claim)
+        return f"198.51.100.{number * 2}", f"198.51.100.{number * 2 + 1}"
+    raise RuntimeError(f"all addresses for agent tests are taken, see {folder}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from emberbox.images.layers import LayerStore
+from emberbox.linux.mounts import bind
 from emberbox.runtime.base import Limits, MachineSpec
 from emberbox.runtime.container.root import opened_upper
 from emberbox.runtime.container.runtime import ContainerRuntime
@@ -231,6 +233,20 @@ async def test_a_sweep_ends_what_no_one_keeps(world: World) -> None:
     assert removed == [f"container {lost.spec.machine_id}"]
     assert not await lost.machine.alive()
     assert (await kept.run("echo here")).text == "here"
+
+
+async def test_a_sweep_removes_what_a_killed_runc_had_mounted(world: World) -> None:
+    machine_id = f"m{secrets.token_hex(6)}"
+    record = Path(f"/run/{world.settings.instance}/oci/{machine_id}")
+    own_program = record / "runc.left"
+    record.mkdir(parents=True)
+    own_program.touch()
+    bind(Path("/bin/true"), own_program)
+
+    removed = await world.runtime.sweep(frozenset(guest.spec.machine_id for guest in world.guests))
+
+    assert f"container {machine_id}" in removed
+    assert not record.exists()
 
 
 async def test_a_layer_that_is_no_image_is_refused_and_leaves_nothing(world: World, tmp_path: Path) -> None:

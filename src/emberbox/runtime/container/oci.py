@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 
 from emberbox.commands import CommandFailed, run
+from emberbox.linux.mounts import unmount_below
 from emberbox.runtime.errors import RuntimeFailure
 from emberbox.threads import to_thread_whole
 
@@ -67,6 +68,7 @@ class OciRuntime:
         """End whatever of the container is left and forget it. Idempotent."""
         if not (self.state / machine_id).exists():
             return
+        await to_thread_whole(self._unmount_own_program, machine_id)
         argv = (self.program, "--root", self.state, "delete", "--force", machine_id)
         try:
             await run(argv, timeout=_DELETE_SECONDS * self._scale)
@@ -78,9 +80,14 @@ class OciRuntime:
         """Take the record of a container away whose processes have ended. Idempotent."""
         if Path(self.program).name == "runc":
             # `runc delete` takes 25 ms, and would besides only remove the cgroup, which its owner here does.
+            await to_thread_whole(self._unmount_own_program, machine_id)
             await to_thread_whole(shutil.rmtree, self.state / machine_id, ignore_errors=True)
         else:
             await self.delete(machine_id)
+
+    def _unmount_own_program(self, machine_id: str) -> None:
+        """runc mounts its own program in its record for a moment; one that was killed then leaves it there."""
+        unmount_below(self.state / machine_id)
 
     def known(self) -> list[str]:
         """IDs of containers that it has a record of."""
