@@ -105,6 +105,30 @@ class Settings(BaseSettings):
     rate_burst: int = 300
     connections_per_sandbox: int = 1000
 
+    # template builds
+    builds_at_once: int = Field(2, ge=1)
+    """Builds that run at the same time; more wait."""
+    builds_per_team: int = Field(2, ge=1)
+    """Of them, those of one team."""
+    builds_waiting_per_team: int = Field(50, ge=1)
+    """Builds of a team that may wait; above it, a start is refused."""
+    build_seconds: int = Field(3600, ge=1)
+    """How long a build may run."""
+    max_cpu_count: int = Field(32, ge=1)
+    """Most CPUs that a template may ask for."""
+    max_memory_mb: int = Field(65536, ge=128)
+    max_disk_size_mb: int = Field(102400, ge=512)
+    max_upload_mb: int = Field(2048, ge=1)
+    """Largest archive of files for a build."""
+    uploads_mb_per_team: int = Field(10240, ge=1)
+    """Uploaded archives kept for a team; the least recently used go first."""
+    uploads_keep_seconds: int = Field(7 * 24 * 3600, ge=1)
+    """How long an uploaded archive is kept after its last use."""
+    first_build_wait_seconds: float = Field(30.0, ge=0)
+    """How long a create waits for a template that ships with Emberbox and is built on first use."""
+    templates_dir: Path | None = None
+    """The templates that ship with Emberbox. Empty: those of the package."""
+
     # keeping
     metrics_keep_seconds: int = 24 * 3600
     logs_keep_seconds: int = 24 * 3600
