@@ -22,11 +22,10 @@ from typing import Any
 
 from common import ROOT, Result, Row, main, percentile
 
-from emberbox.linux import netns, taps
+from emberbox.linux import netns, sparse, taps
 from emberbox.linux.netlink import Netlink
-from emberbox.runtime import sparse
+from emberbox.linux.processes import ProcessId, end_and_wait, identify
 from emberbox.runtime.firecracker import snapshots
-from emberbox.runtime.firecracker.process import ProcessId, end_and_wait, identify
 from emberbox.settings import Settings
 
 NAME = "ebfloor"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from emberbox.runtime import sparse
+from emberbox.linux import sparse
 
 PAGE = 4096
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def kill(process: ProcessId) -> None:
 
 
 async def wait_for_end(process: ProcessId) -> None:
-    """Return when the process has ended. Works for processes that are no children of ours."""
+    """Return when the process has ended. Works for children and for others."""
     with _descriptor(process) as descriptor:
         if descriptor is None:
             return
@@ -53,6 +54,27 @@ async def wait_for_end(process: ProcessId) -> None:
             await ended.wait()
         finally:
             loop.remove_reader(descriptor)
+    reap(process.pid)
+
+
+def end_and_wait(process: ProcessId, seconds: float) -> bool:
+    """Kill the process and block until it is gone; False when it is still there after `seconds`."""
+    with _descriptor(process) as descriptor:
+        if descriptor is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            poller = select.poll()  # unlike select(), without a limit of 1024 descriptors
+            poller.register(descriptor, select.POLLIN)
+            if not poller.poll(seconds * 1000):
+                return False
+    reap(process.pid)
+    return True
+
+
+def reap(pid: int) -> None:
+    """Collect the exit status if `pid` is a child of ours that has ended."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
 
 
 class _descriptor:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from emberbox.commands import CommandFailed, run
 from emberbox.images.layers import LayerStore
-from emberbox.linux.sparse import clone_image
+from emberbox.linux.sparse import clone
 from emberbox.node.errors import DiskFailure, DiskFull, LayerMissing
 from emberbox.settings import Settings
 from emberbox.threads import to_thread_whole
@@ -87,7 +87,7 @@ class Disks:
 
     async def _clone(self, source: Path, target: Path) -> None:
         try:
-            await to_thread_whole(clone_image, source, target)
+            await to_thread_whole(clone, source, target)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull(f"the node's disk became full while {source.name} was copied") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from emberbox.runtime import sparse
+from emberbox.linux import sparse
 from emberbox.runtime.errors import SavedDamaged
 from emberbox.runtime.firecracker import snapshots
 from emberbox.runtime.firecracker.chain import Chain

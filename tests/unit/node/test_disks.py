@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from emberbox.commands import run
-from emberbox.linux.sparse import clone_image
+from emberbox.linux.sparse import clone
 from emberbox.node import disks as disks_module
 from emberbox.node.disks import Disks
 from emberbox.node.errors import DiskFailure, DiskFull, LayerMissing
@@ -72,7 +72,7 @@ def test_a_copy_that_fails_leaves_no_half_file(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("emberbox.linux.sparse._FICLONE", 0)
 
     with pytest.raises(OSError, match="No space"):
-        clone_image(source, target)
+        clone(source, target)
     assert not target.exists()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from emberbox.linux import processes
 from emberbox.linux.processes import ProcessId
-from emberbox.linux.sparse import clone_image
+from emberbox.linux.sparse import clone
 from emberbox.runtime.base import Limits, MachineSpec, Saved, Stats
 from emberbox.runtime.container.cgroups import Cgroup
 from emberbox.runtime.container.oci import OciRuntime
@@ -106,7 +106,7 @@ class Container:
 
     def _copy_upper(self, target: Path) -> None:
         with self._root.quiet():
-            clone_image(self.spec.upper, target)
+            clone(self.spec.upper, target)
 
     async def recover(self) -> None:
         """After a crash of the node: finish what a save had stopped."""

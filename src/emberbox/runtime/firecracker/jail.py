@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from emberbox.linux import processes
 from emberbox.runtime.base import MIB, Limits
-from emberbox.runtime.firecracker import process
 from emberbox.runtime.firecracker.errors import JailerError
 
 SOCKET = "api.sock"
@@ -118,7 +118,7 @@ class Jail:
         finally:
             os.close(descriptor)
 
-    def spawn(self, settings: JailerSettings, netns: str, limits: Limits) -> process.ProcessId:
+    def spawn(self, settings: JailerSettings, netns: str, limits: Limits) -> processes.ProcessId:
         """Start Firecracker in the jail; returns at once, before its socket answers.
 
         Raises:
@@ -154,10 +154,10 @@ class Jail:
         except OSError as error:
             raise JailerError(f"the jailer {settings.jailer} cannot be started: {error.strerror}") from error
         # The jailer becomes Firecracker by exec: same pid, same start time.
-        identity = process.identify(child.pid)
+        identity = processes.identify(child.pid)
         child.returncode = 0  # Popen must not wait for it or warn about it: `process` owns it from here.
         if identity is None:
-            process.reap(child.pid)
+            processes.reap(child.pid)
             raise JailerError(f"the jailer ended at once: {self.last_words()}")
         return identity
 
@@ -242,9 +242,9 @@ def end_cgroup(parent: str, machine_id: str) -> None:
         folder = group / machine_id
         with contextlib.suppress(FileNotFoundError):
             for line in (folder / "cgroup.procs").read_text().split():
-                identity = process.identify(int(line))
+                identity = processes.identify(int(line))
                 if identity is not None:
-                    process.end_and_wait(identity, 10.0)
+                    processes.end_and_wait(identity, 10.0)
             _remove_cgroup(folder)
 
 

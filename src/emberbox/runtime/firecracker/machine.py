@@ -13,10 +13,10 @@ from typing import Any
 
 import structlog
 
-from emberbox.runtime import sparse
+from emberbox.linux import processes, sparse
 from emberbox.runtime.base import MIB, Limits, MachineSpec, Saved, Stats
 from emberbox.runtime.errors import MachineGone, NotSupported, RuntimeFailure
-from emberbox.runtime.firecracker import process, snapshots
+from emberbox.runtime.firecracker import snapshots
 from emberbox.runtime.firecracker.api import Firecracker
 from emberbox.runtime.firecracker.chain import Chain
 from emberbox.runtime.firecracker.errors import ApiError, ApiUnreachable
@@ -38,7 +38,7 @@ class MicroVM:
         self,
         spec: MachineSpec,
         jail: Jail,
-        identity: process.ProcessId,
+        identity: processes.ProcessId,
         api: Firecracker,
         chain: Chain,
         *,
@@ -66,10 +66,10 @@ class MicroVM:
         return {"pid": self._identity.pid, "started": self._identity.started, "user": self._jail.user}
 
     async def alive(self) -> bool:
-        return process.alive(self._identity)
+        return processes.is_alive(self._identity)
 
     async def wait(self) -> str:
-        await process.wait_for_end(self._identity)
+        await processes.wait_for_end(self._identity)
         return f"the microVM ended; the last of its console: {self._jail.last_words(300)}"
 
     async def set_limits(self, limits: Limits) -> None:
@@ -87,7 +87,7 @@ class MicroVM:
     async def save(self, into: Path, *, memory: bool) -> Saved:
         """Write disk and, when `memory`, processes. A running machine stands still only while its state is taken."""
         async with self._changing:
-            if not process.alive(self._identity):
+            if not processes.is_alive(self._identity):
                 raise MachineGone(f"the microVM {self.spec.machine_id} has ended and cannot be saved")
             if memory:
                 return await self._save_with_memory(into)
@@ -118,7 +118,7 @@ class MicroVM:
         try:
             await request
         except ApiUnreachable as error:
-            if not process.alive(self._identity):
+            if not processes.is_alive(self._identity):
                 words = self._jail.last_words(300)
                 raise MachineGone(f"the microVM {self.spec.machine_id} has ended: {words}") from error
             raise
@@ -161,7 +161,7 @@ class MicroVM:
             self._discard(name)
             raise
         finally:
-            if was_running and process.alive(self._identity):
+            if was_running and processes.is_alive(self._identity):
                 await self._resume()
         still = time.perf_counter() - began
         await asyncio.to_thread(self._finish, into, below, name)
@@ -218,7 +218,7 @@ class MicroVM:
     # ---- end and numbers ----
 
     def _end(self) -> None:
-        if not process.end_and_wait(self._identity, _END_SECONDS):
+        if not processes.end_and_wait(self._identity, _END_SECONDS):
             raise RuntimeFailure(f"the microVM {self.spec.machine_id} (pid {self._identity.pid}) does not end")
         self._jail.remove()
 

@@ -14,9 +14,10 @@ from weakref import WeakValueDictionary
 
 import structlog
 
+from emberbox.linux import processes
 from emberbox.runtime.base import Capabilities, MachineSpec, Saved
 from emberbox.runtime.errors import RuntimeFailure, SavedDamaged
-from emberbox.runtime.firecracker import guest, jail, process, snapshots
+from emberbox.runtime.firecracker import guest, jail, snapshots
 from emberbox.runtime.firecracker.api import Deadlines, Drive, Firecracker, NetworkInterface
 from emberbox.runtime.firecracker.chain import Chain
 from emberbox.runtime.firecracker.errors import ApiError, ApiUnreachable, FirecrackerError, JailerError
@@ -109,8 +110,8 @@ class FirecrackerRuntime:
 
     async def adopt(self, spec: MachineSpec, record: dict[str, Any]) -> MicroVM | None:
         cell = self._cell(spec)
-        identity = process.ProcessId(int(record["pid"]), int(record["started"]))
-        if not process.alive(identity):
+        identity = processes.ProcessId(int(record["pid"]), int(record["started"]))
+        if not processes.is_alive(identity):
             await asyncio.to_thread(cell.remove)
             return None
         api = Firecracker(cell.root, SOCKET, self._deadlines)
@@ -176,14 +177,14 @@ class FirecrackerRuntime:
     @contextlib.asynccontextmanager
     async def _jailed(
         self, spec: MachineSpec, links: dict[str, Path] | None = None
-    ) -> AsyncIterator[tuple[Jail, process.ProcessId, Firecracker]]:
+    ) -> AsyncIterator[tuple[Jail, processes.ProcessId, Firecracker]]:
         """A fresh Firecracker in its jail with the machine's files; undone when the block fails.
 
         Args:
             links: what it reads besides the disks, by name in the jail; the boot files when None.
         """
         cell = self._cell(spec)
-        identity: process.ProcessId | None = None
+        identity: processes.ProcessId | None = None
         try:
             identity = await asyncio.to_thread(self._lock_in, cell, spec, links or self._boot_links())
             api = Firecracker(cell.root, SOCKET, self._deadlines)
@@ -198,7 +199,7 @@ class FirecrackerRuntime:
                 raise RuntimeFailure(f"the microVM's files could not be laid out: {error}") from error
             raise
 
-    def _lock_in(self, cell: Jail, spec: MachineSpec, links: dict[str, Path]) -> process.ProcessId:
+    def _lock_in(self, cell: Jail, spec: MachineSpec, links: dict[str, Path]) -> processes.ProcessId:
         cell.create()
         for name, source in links.items():
             cell.provide(source, name)
@@ -225,7 +226,7 @@ class FirecrackerRuntime:
         self,
         spec: MachineSpec,
         cell: Jail,
-        identity: process.ProcessId,
+        identity: processes.ProcessId,
         api: Firecracker,
         chain: Chain,
         *,
@@ -258,10 +259,10 @@ class FirecrackerRuntime:
         return removed
 
 
-async def _wait_until_ready(api: Firecracker, identity: process.ProcessId, cell: Jail) -> None:
+async def _wait_until_ready(api: Firecracker, identity: processes.ProcessId, cell: Jail) -> None:
     """Return when the API answers; a jailer that gives up is noticed at once, with its words."""
     ready = asyncio.create_task(api.wait_until_ready())
-    ended = asyncio.create_task(process.wait_for_end(identity))
+    ended = asyncio.create_task(processes.wait_for_end(identity))
     try:
         await asyncio.wait({ready, ended}, return_when=asyncio.FIRST_COMPLETED)
         if ended.done() and not ready.done():
@@ -273,8 +274,8 @@ async def _wait_until_ready(api: Firecracker, identity: process.ProcessId, cell:
         await asyncio.gather(ready, ended, return_exceptions=True)
 
 
-def _end(identity: process.ProcessId | None, cell: Jail) -> None:
-    if identity is not None and not process.end_and_wait(identity, _END_SECONDS):
+def _end(identity: processes.ProcessId | None, cell: Jail) -> None:
+    if identity is not None and not processes.end_and_wait(identity, _END_SECONDS):
         log.error("microvm.does_not_end", machine_id=cell.machine_id, pid=identity.pid)
         return
     cell.remove()

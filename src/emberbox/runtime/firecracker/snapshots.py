@@ -19,7 +19,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from emberbox.runtime import sparse
+from emberbox.linux import sparse
 from emberbox.runtime.errors import SavedDamaged
 
 FORMAT = 1

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from emberbox.runtime.firecracker import process
-from emberbox.runtime.firecracker.process import ProcessId
+from emberbox.linux import processes
+from emberbox.linux.processes import ProcessId
 
 
 @pytest.fixture
@@ -22,37 +22,37 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_living_process_is_known_by_pid_and_start(child: subprocess.Popen[bytes]) -> None:
-    identity = process.identify(child.pid)
+    identity = processes.identify(child.pid)
 
     assert identity is not None
-    assert process.alive(identity)
-    assert not process.alive(ProcessId(child.pid, identity.started + 1))
+    assert processes.is_alive(identity)
+    assert not processes.is_alive(ProcessId(child.pid, identity.started + 1))
 
 
 def test_a_stranger_with_the_same_pid_is_not_killed(child: subprocess.Popen[bytes]) -> None:
-    identity = process.identify(child.pid)
+    identity = processes.identify(child.pid)
     assert identity is not None
 
-    ended = process.end_and_wait(ProcessId(child.pid, identity.started - 1), deadline_seconds=5)
+    ended = processes.end_and_wait(ProcessId(child.pid, identity.started - 1), seconds=5)
 
     assert ended
-    assert process.alive(identity)
+    assert processes.is_alive(identity)
 
 
 def test_ending_waits_until_the_process_is_gone(child: subprocess.Popen[bytes]) -> None:
-    identity = process.identify(child.pid)
+    identity = processes.identify(child.pid)
     assert identity is not None
 
-    assert process.end_and_wait(identity, deadline_seconds=5)
+    assert processes.end_and_wait(identity, seconds=5)
 
-    assert not process.alive(identity)
-    assert process.end_and_wait(identity, deadline_seconds=5)
+    assert not processes.is_alive(identity)
+    assert processes.end_and_wait(identity, seconds=5)
 
 
 async def test_the_end_of_a_process_is_noticed(child: subprocess.Popen[bytes]) -> None:
-    identity = process.identify(child.pid)
+    identity = processes.identify(child.pid)
     assert identity is not None
-    waiting = asyncio.create_task(process.wait_for_end(identity))
+    waiting = asyncio.create_task(processes.wait_for_end(identity))
     await asyncio.sleep(0)
 
     child.kill()
@@ -63,8 +63,8 @@ async def test_the_end_of_a_process_is_noticed(child: subprocess.Popen[bytes]) -
 
 async def test_waiting_for_what_is_gone_returns_at_once() -> None:
     async with asyncio.timeout(5):
-        await process.wait_for_end(ProcessId(os.getpid(), 0))
+        await processes.wait_for_end(ProcessId(os.getpid(), 0))
 
 
 def test_there_is_no_identity_without_a_process() -> None:
-    assert process.identify(2**22 + 1) is None
+    assert processes.identify(2**22 + 1) is None
