@@ -165,11 +165,14 @@ def folder(sandbox: Sandbox, request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def own_emberbox() -> Iterator[Emberbox]:
-    """An Emberbox of the module's own, to break. Its tests may use nothing of the shared one."""
+def own_emberbox(request: pytest.FixtureRequest) -> Iterator[Emberbox]:
+    """An Emberbox of the module's own, to break. Its tests may use nothing of the shared one.
+
+    A module's `SETTINGS` are its environment variables.
+    """
     if GIVEN is not None:
-        pytest.skip("breaks the Emberbox it uses; this one was given by E2B_API_URL")
-    own = instance.start()
+        pytest.skip("breaks or sets up the Emberbox it uses; this one was given by E2B_API_URL")
+    own = instance.start(settings=getattr(request.module, "SETTINGS", None))
     try:
         with _client_environment(own):
             yield own

@@ -1,0 +1,53 @@
+"""What the clients raise when an Emberbox is full or is asked too often, and that they go on when it is not."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import e2b
+import pytest
+from e2b import Sandbox
+
+from tests.clients.support.instance import Emberbox
+from tests.clients.support.timing import eventually, seconds, whole_seconds
+
+SETTINGS = {"EMBERBOX_MAX_MACHINES": "1", "EMBERBOX_RATE_PER_SECOND": "2", "EMBERBOX_RATE_BURST": "20"}
+
+pytestmark = [pytest.mark.timeout(seconds(300)), pytest.mark.xdist_group("limits")]
+
+
+def test_a_full_node_is_a_busy_service_and_has_room_after_a_kill(own_emberbox: Emberbox) -> None:
+    first = Sandbox.create(timeout=whole_seconds(300))
+    try:
+        with pytest.raises(e2b.ServiceBusyException, match="may run 1"):
+            Sandbox.create(timeout=whole_seconds(300))
+        assert first.commands.run("echo unharmed").stdout == "unharmed\n"
+    finally:
+        first.kill()
+
+    second = Sandbox.create(timeout=whole_seconds(300))
+    assert second.commands.run("echo room").stdout == "room\n"
+    second.kill()
+
+
+def test_too_many_requests_are_a_rate_limit_and_pass_again_later(own_emberbox: Emberbox) -> None:
+    def ask(_: int) -> str:
+        try:
+            Sandbox.list().next_items()
+        except e2b.RateLimitException as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(ask, range(80)))
+
+    refused = [answer for answer in answers if answer]
+    assert refused, "80 requests at once met no limit of 20"
+    assert "a second" in refused[0]
+    assert "" in answers
+    eventually(lambda: ask(0) == "", within=20, every=1, what="a request passes again")
+
+
+def test_a_single_client_is_slowed_down_not_refused(own_emberbox: Emberbox) -> None:
+    for _ in range(30):
+        Sandbox.list().next_items()
