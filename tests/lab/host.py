@@ -145,7 +145,7 @@ class Lab:
         forwards = "".join(f",hostfwd=tcp:127.0.0.1:{outer}-:{inner}" for inner, outer in ports.items())
         # A stripped q35: `-M microvm` starves of timer ticks under TCG with this kernel.
         return [
-            *("nice", "-n", "15", "qemu-system-x86_64"),
+            "qemu-system-x86_64",
             *("-M", "q35,i8042=off,smbus=off,sata=off,usb=off,vmport=off", "-accel", "tcg,thread=multi"),
             *("-cpu", "max", "-smp", str(cpus), "-m", str(memory_mb)),
             *("-display", "none", "-no-reboot", "-nodefaults", "-no-user-config"),

@@ -20,7 +20,6 @@ from pathlib import Path
 from emberbox.cli import kvm
 from emberbox.cli.errors import CliError
 from emberbox.runtime.firecracker import setup as firecracker
-from emberbox.runtime.firecracker import trial
 from emberbox.runtime.firecracker.errors import FirecrackerError
 from emberbox.settings import Settings
 
@@ -307,7 +306,7 @@ def check_kvm(settings: Settings) -> str:
             "sandboxes are containers; for microVMs switch on (nested) virtualization and load kvm_intel or kvm_amd",
         ) from None
     if booted:
-        return "booted a guest kernel under Firecracker"
+        return "a guest kernel boots under Firecracker"
     return "ran a few instructions in a virtual machine; `emberbox setup` tries more, it boots a guest"
 
 
@@ -316,7 +315,7 @@ def _boot_guest(settings: Settings) -> bool:
     if not firecracker.present(settings) or not (firecracker.parts_dir(settings) / "guest").is_dir():
         return False
     parts = firecracker.install(settings)
-    asyncio.run(trial.boot(parts.programs.firecracker, parts.guest.kernel, time_scale=settings.time_scale))
+    asyncio.run(firecracker.try_guest(settings, parts))
     return True
 
 

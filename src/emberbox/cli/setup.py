@@ -8,7 +8,7 @@ from pathlib import Path
 from emberbox.cli.errors import CliError
 from emberbox.cli.output import err, note, out, warn
 from emberbox.cli.requirements import require_root
-from emberbox.runtime.firecracker import binaries, trial
+from emberbox.runtime.firecracker import binaries
 from emberbox.runtime.firecracker import setup as firecracker
 from emberbox.runtime.firecracker.errors import FirecrackerError
 from emberbox.settings import Settings
@@ -28,7 +28,7 @@ def setup(settings: Settings, *, source: Path | None) -> None:
     note(f"Firecracker {binaries.VERSION} and the guest kernel are in {firecracker.parts_dir(settings)}")
     try:
         with err.status("booting a guest"):
-            asyncio.run(trial.boot(parts.programs.firecracker, parts.guest.kernel, time_scale=settings.time_scale))
+            asyncio.run(firecracker.try_guest(settings, parts, again=True))
     except FirecrackerError as error:
         warn(f"microVMs do not run here: {error}. Sandboxes will be containers.")
         return

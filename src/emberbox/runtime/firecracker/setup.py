@@ -59,7 +59,7 @@ async def open_runtime(settings: Settings) -> FirecrackerRuntime:
         FirecrackerError: microVMs do not work here; says why.
     """
     parts = await asyncio.to_thread(install, settings)
-    await trial.boot(parts.programs.firecracker, parts.guest.kernel, time_scale=settings.time_scale)
+    await try_guest(settings, parts)
     return await FirecrackerRuntime.open(
         FirecrackerSettings(
             binaries=JailerSettings(
@@ -73,6 +73,18 @@ async def open_runtime(settings: Settings) -> FirecrackerRuntime:
             time_scale=settings.time_scale,
         )
     )
+
+
+async def try_guest(settings: Settings, parts: Parts, *, again: bool = False) -> None:
+    """Boot a trial guest, unless one booted since this host was started; with `again` in any case.
+
+    Raises:
+        FirecrackerError: this host's KVM does not run it.
+    """
+    mark = parts_dir(settings) / "tried"
+    if again:
+        await asyncio.to_thread(mark.unlink, missing_ok=True)
+    await trial.boot_unless_passed(parts.programs.firecracker, parts.guest.kernel, mark, time_scale=settings.time_scale)
 
 
 def _programs(settings: Settings, folder: Path, source: Path | None) -> Binaries:
