@@ -104,6 +104,16 @@ class NodeStub:
                 request_serializer=node__pb2.BuildRequest.SerializeToString,
                 response_deserializer=node__pb2.BuildEvent.FromString,
                 _registered_method=True)
+        self.FollowBuild = channel.unary_stream(
+                '/emberbox.node.v1.Node/FollowBuild',
+                request_serializer=node__pb2.FollowBuildRequest.SerializeToString,
+                response_deserializer=node__pb2.BuildEvent.FromString,
+                _registered_method=True)
+        self.CancelBuild = channel.unary_unary(
+                '/emberbox.node.v1.Node/CancelBuild',
+                request_serializer=node__pb2.CancelBuildRequest.SerializeToString,
+                response_deserializer=node__pb2.CancelBuildResponse.FromString,
+                _registered_method=True)
         self.DeleteBuild = channel.unary_unary(
                 '/emberbox.node.v1.Node/DeleteBuild',
                 request_serializer=node__pb2.DeleteBuildRequest.SerializeToString,
@@ -201,7 +211,22 @@ class NodeServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Build(self, request, context):
-        """Produces a build. The stream ends with `done` or `failed`. Cancelling the call cancels the build.
+        """Starts a build and streams it. The stream ends with `done` or `failed`; breaking it leaves the build going on.
+        ALREADY_EXISTS when a build of this ID runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FollowBuild(self, request, context):
+        """The events of a build that runs or ended lately, its log from a position on. NOT_FOUND when it is not known here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelBuild(self, request, context):
+        """Gives up a build. Idempotent; NOT_FOUND when it is not known here.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -285,6 +310,16 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Build,
                     request_deserializer=node__pb2.BuildRequest.FromString,
                     response_serializer=node__pb2.BuildEvent.SerializeToString,
+            ),
+            'FollowBuild': grpc.unary_stream_rpc_method_handler(
+                    servicer.FollowBuild,
+                    request_deserializer=node__pb2.FollowBuildRequest.FromString,
+                    response_serializer=node__pb2.BuildEvent.SerializeToString,
+            ),
+            'CancelBuild': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelBuild,
+                    request_deserializer=node__pb2.CancelBuildRequest.FromString,
+                    response_serializer=node__pb2.CancelBuildResponse.SerializeToString,
             ),
             'DeleteBuild': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteBuild,
@@ -670,6 +705,60 @@ class Node:
             '/emberbox.node.v1.Node/Build',
             node__pb2.BuildRequest.SerializeToString,
             node__pb2.BuildEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FollowBuild(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/emberbox.node.v1.Node/FollowBuild',
+            node__pb2.FollowBuildRequest.SerializeToString,
+            node__pb2.BuildEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelBuild(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/emberbox.node.v1.Node/CancelBuild',
+            node__pb2.CancelBuildRequest.SerializeToString,
+            node__pb2.CancelBuildResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -66,7 +66,13 @@ class NodeStub:
     Acknowledge: _grpc.UnaryUnaryMultiCallable[_node_pb2.AcknowledgeRequest, _node_pb2.AcknowledgeResponse]
     """The control plane has recorded these ends; the node may forget them."""
     Build: _grpc.UnaryStreamMultiCallable[_node_pb2.BuildRequest, _node_pb2.BuildEvent]
-    """Produces a build. The stream ends with `done` or `failed`. Cancelling the call cancels the build."""
+    """Starts a build and streams it. The stream ends with `done` or `failed`; breaking it leaves the build going on.
+    ALREADY_EXISTS when a build of this ID runs.
+    """
+    FollowBuild: _grpc.UnaryStreamMultiCallable[_node_pb2.FollowBuildRequest, _node_pb2.BuildEvent]
+    """The events of a build that runs or ended lately, its log from a position on. NOT_FOUND when it is not known here."""
+    CancelBuild: _grpc.UnaryUnaryMultiCallable[_node_pb2.CancelBuildRequest, _node_pb2.CancelBuildResponse]
+    """Gives up a build. Idempotent; NOT_FOUND when it is not known here."""
     DeleteBuild: _grpc.UnaryUnaryMultiCallable[_node_pb2.DeleteBuildRequest, _node_pb2.DeleteBuildResponse]
 
 @_typing.type_check_only
@@ -94,7 +100,13 @@ class NodeAsyncStub(NodeStub):
     Acknowledge: _aio.UnaryUnaryMultiCallable[_node_pb2.AcknowledgeRequest, _node_pb2.AcknowledgeResponse]  # type: ignore[assignment]
     """The control plane has recorded these ends; the node may forget them."""
     Build: _aio.UnaryStreamMultiCallable[_node_pb2.BuildRequest, _node_pb2.BuildEvent]  # type: ignore[assignment]
-    """Produces a build. The stream ends with `done` or `failed`. Cancelling the call cancels the build."""
+    """Starts a build and streams it. The stream ends with `done` or `failed`; breaking it leaves the build going on.
+    ALREADY_EXISTS when a build of this ID runs.
+    """
+    FollowBuild: _aio.UnaryStreamMultiCallable[_node_pb2.FollowBuildRequest, _node_pb2.BuildEvent]  # type: ignore[assignment]
+    """The events of a build that runs or ended lately, its log from a position on. NOT_FOUND when it is not known here."""
+    CancelBuild: _aio.UnaryUnaryMultiCallable[_node_pb2.CancelBuildRequest, _node_pb2.CancelBuildResponse]  # type: ignore[assignment]
+    """Gives up a build. Idempotent; NOT_FOUND when it is not known here."""
     DeleteBuild: _aio.UnaryUnaryMultiCallable[_node_pb2.DeleteBuildRequest, _node_pb2.DeleteBuildResponse]  # type: ignore[assignment]
 
 class NodeServicer(metaclass=_abc_1.ABCMeta):
@@ -203,7 +215,25 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         request: _node_pb2.BuildRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_pb2.BuildEvent], _abc.AsyncIterator[_node_pb2.BuildEvent]]:
-        """Produces a build. The stream ends with `done` or `failed`. Cancelling the call cancels the build."""
+        """Starts a build and streams it. The stream ends with `done` or `failed`; breaking it leaves the build going on.
+        ALREADY_EXISTS when a build of this ID runs.
+        """
+
+    @_abc_1.abstractmethod
+    def FollowBuild(
+        self,
+        request: _node_pb2.FollowBuildRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_node_pb2.BuildEvent], _abc.AsyncIterator[_node_pb2.BuildEvent]]:
+        """The events of a build that runs or ended lately, its log from a position on. NOT_FOUND when it is not known here."""
+
+    @_abc_1.abstractmethod
+    def CancelBuild(
+        self,
+        request: _node_pb2.CancelBuildRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.CancelBuildResponse, _abc.Awaitable[_node_pb2.CancelBuildResponse]]:
+        """Gives up a build. Idempotent; NOT_FOUND when it is not known here."""
 
     @_abc_1.abstractmethod
     def DeleteBuild(
