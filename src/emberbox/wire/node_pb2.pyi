@@ -1192,7 +1192,7 @@ class BuildRequest(_message.Message):
     disk_size_mb: _builtins.int
     force: _builtins.bool
     files_dir: _builtins.str
-    """where uploaded COPY archives lie, as <hash>.tar.gz"""
+    """where uploaded COPY archives lie, as <hash>.tar.gz; regular files only"""
     @_builtins.property
     def from_build(self) -> Global___Image: ...
     @_builtins.property
