@@ -37,6 +37,25 @@ class FakeMachine:
     logs: list[pb.LogEntry] = field(default_factory=list)
 
 
+@dataclass
+class FakeBuild:
+    """A build and its journal; `changed` is replaced at every event."""
+
+    request: pb.BuildRequest
+    events: list[pb.BuildEvent] = field(default_factory=list)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+    def tell(self, event: pb.BuildEvent) -> None:
+        self.events.append(event)
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.events) and self.events[-1].WhichOneof("event") in ("done", "failed")
+
+
 class FakeNode(node_pb2_grpc.NodeServicer):
     """Serve it with `start(address)`. `before[method]` runs before a call: raise in it, wait in it, count in it."""
 
@@ -53,6 +72,12 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             pb.BuildEvent(log=pb.BuildLog(entry=pb.LogEntry(level="info", message="one"), step="base")),
             pb.BuildEvent(done=pb.BuildDone(image=pb.Image(layers=self.layers), size_bytes=4096, agent_version="0.1")),
         ]
+        self.build_script: Callable[[pb.BuildRequest], list[pb.BuildEvent]] | None = None
+        """Instead of `build_events`, when set."""
+        self.build_hold: asyncio.Event | None = None
+        """When set, builds wait for it before their last event."""
+        self.journals: dict[str, FakeBuild] = {}
+        self.cancelled_builds: list[str] = []
         self.deleted_builds: list[pb.DeleteBuildRequest] = []
         self.calls: list[tuple[str, Any]] = []
         self.before: dict[str, Hook] = {}
@@ -74,6 +99,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
     async def stop(self) -> None:
         if self._ticker is not None:
             self._ticker.cancel()
+        self.forget_builds()
         if self._server is not None:
             await self._server.stop(grace=None)
             self._server = None
@@ -247,9 +273,67 @@ class FakeNode(node_pb2_grpc.NodeServicer):
 
     async def Build(self, request: pb.BuildRequest, context: Any) -> AsyncIterator[pb.BuildEvent]:
         await self._called("Build", request, context)
+        if request.build_id in self.journals:
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"build {request.build_id!r} runs already")
         self.builds.append(request)
-        for event in self.build_events:
+        build = self.journals[request.build_id] = FakeBuild(request)
+        build.task = asyncio.create_task(self._carry_out(build))
+        async for event in self._events_of(build, 0):
             yield event
+
+    async def _carry_out(self, build: FakeBuild) -> None:
+        position = 0
+        events = self.build_script(build.request) if self.build_script else self.build_events
+        for event in events:
+            if event.WhichOneof("event") in ("done", "failed") and self.build_hold is not None:
+                await self.build_hold.wait()
+            told = pb.BuildEvent()
+            told.CopyFrom(event)
+            if told.WhichOneof("event") == "log":
+                told.log.position = position
+                position += 1
+            build.tell(told)
+
+    async def _events_of(self, build: FakeBuild, position: int) -> AsyncIterator[pb.BuildEvent]:
+        seen = 0
+        while True:
+            changed = build.changed
+            for event in build.events[seen:]:
+                if event.WhichOneof("event") != "log" or event.log.position >= position:
+                    yield event
+            seen = len(build.events)
+            if build.ended:
+                return
+            await changed.wait()
+
+    async def FollowBuild(self, request: pb.FollowBuildRequest, context: Any) -> AsyncIterator[pb.BuildEvent]:
+        await self._called("FollowBuild", request, context)
+        build = self.journals.get(request.build_id)
+        if build is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"build {request.build_id!r} is not on this node")
+        assert build is not None
+        async for event in self._events_of(build, request.from_position):
+            yield event
+
+    async def CancelBuild(self, request: pb.CancelBuildRequest, context: Any) -> pb.CancelBuildResponse:
+        await self._called("CancelBuild", request, context)
+        build = self.journals.get(request.build_id)
+        if build is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"build {request.build_id!r} is not on this node")
+        assert build is not None
+        self.cancelled_builds.append(request.build_id)
+        if not build.ended:
+            if build.task is not None:
+                build.task.cancel()
+            build.tell(pb.BuildEvent(failed=pb.BuildFailed(message="the build was cancelled")))
+        return pb.CancelBuildResponse()
+
+    def forget_builds(self) -> None:
+        """What a node that was killed knows of its builds: nothing."""
+        for build in self.journals.values():
+            if build.task is not None:
+                build.task.cancel()
+        self.journals.clear()
 
     async def DeleteBuild(self, request: pb.DeleteBuildRequest, context: Any) -> pb.DeleteBuildResponse:
         await self._called("DeleteBuild", request, context)

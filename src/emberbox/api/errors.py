@@ -70,6 +70,7 @@ _DESCRIPTIONS = {
     502: "Backend error",
     503: "Service unavailable",
     504: "Backend timeout",
+    507: "No room on the disk",
 }
 
 

@@ -8,10 +8,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from emberbox.api.fields import Text, at, at_or_none
+from emberbox.control.build_plan import BuildPlan, Step
+from emberbox.control.builds import NewTemplate, Registered
+from emberbox.control.errors import Invalid
 from emberbox.control.plane import envd_version
 from emberbox.control.tags import Assignment
 from emberbox.control.templates import TemplateView
 from emberbox.store.records import BuildLogRecord, BuildRecord, TagRecord, TemplateRecord
+from emberbox.wire import node_pb2 as pb
 
 BuildStatus = Literal["building", "waiting", "ready", "error"]
 LogLevel = Literal["debug", "info", "warn", "error"]
@@ -61,22 +65,25 @@ class NewTemplateV3(BaseModel):
     minFreeDiskMB: DiskMB | None = None
 
 
+Secret = Annotated[Text, Field(repr=False)]
+
+
 class AwsRegistry(BaseModel):
     type: Literal["aws"]
-    awsAccessKeyId: Text
-    awsSecretAccessKey: Text
+    awsAccessKeyId: Secret
+    awsSecretAccessKey: Secret
     awsRegion: Text
 
 
 class GcpRegistry(BaseModel):
     type: Literal["gcp"]
-    serviceAccountJson: Text
+    serviceAccountJson: Secret
 
 
 class GeneralRegistry(BaseModel):
     type: Literal["registry"]
     username: Text
-    password: Text
+    password: Secret
 
 
 Registry = Annotated[AwsRegistry | GcpRegistry | GeneralRegistry, Field(discriminator="type")]
@@ -261,6 +268,54 @@ class TagGroups(BaseModel):
     nextCursor: str | None
 
 
+# ---- to control's words
+
+
+def new_template(body: NewTemplateV3) -> NewTemplate:
+    """
+    Raises:
+        Invalid: neither name nor alias is given.
+    """
+    name = body.name or body.alias
+    if not name:
+        raise Invalid("name is missing; give the template a name such as 'my-template' or 'my-template:v1'")
+    return NewTemplate(
+        name=name,
+        tags=tuple(body.tags or ()),
+        cpu_count=body.cpuCount,
+        memory_mb=body.memoryMB,
+        min_free_disk_mb=body.minFreeDiskMB,
+    )
+
+
+def build_plan(body: StartBuild) -> BuildPlan:
+    return BuildPlan(
+        from_image=(body.fromImage or "").strip(),
+        from_template=(body.fromTemplate or "").strip(),
+        steps=tuple(Step(one.type, tuple(one.args), one.filesHash or "", one.force) for one in body.steps),
+        start_command=body.startCmd or "",
+        ready_command=body.readyCmd or "",
+        force=body.force,
+        credentials=_credentials(body.fromImageRegistry),
+    )
+
+
+def _credentials(given: AwsRegistry | GcpRegistry | GeneralRegistry | None) -> pb.RegistryCredentials | None:
+    match given:
+        case AwsRegistry():
+            return pb.RegistryCredentials(
+                kind=given.type,
+                aws_access_key_id=given.awsAccessKeyId,
+                aws_secret_access_key=given.awsSecretAccessKey,
+                aws_region=given.awsRegion,
+            )
+        case GcpRegistry():
+            return pb.RegistryCredentials(kind=given.type, gcp_service_account_json=given.serviceAccountJson)
+        case GeneralRegistry():
+            return pb.RegistryCredentials(kind=given.type, username=given.username, password=given.password)
+    return None
+
+
 # ---- from the store's records
 
 
@@ -271,6 +326,23 @@ def full_names(names: list[tuple[str, str]]) -> list[str]:
 def template(view: TemplateView) -> Template:
     record, build = view.template, view.build
     shown: dict[str, Any] = {
+        **_legacy(view),
+        "names": full_names(view.names),
+        "buildStatus": build.status,
+        "isDefault": record.is_default,
+    }
+    if record.description is not None:
+        shown["description"] = record.description
+    return Template(**shown)
+
+
+def template_legacy(view: TemplateView) -> TemplateLegacy:
+    return TemplateLegacy(**_legacy(view))
+
+
+def _legacy(view: TemplateView) -> dict[str, Any]:
+    record, build = view.template, view.build
+    return {
         "templateID": record.id,
         "buildID": build.id,
         "cpuCount": build.cpu_count,
@@ -278,7 +350,6 @@ def template(view: TemplateView) -> Template:
         "diskSizeMB": build.disk_size_mb,
         "public": record.public,
         "aliases": [alias for _, alias in view.names],
-        "names": full_names(view.names),
         "createdAt": at(record.created_at),
         "updatedAt": at(record.updated_at),
         "createdBy": None,
@@ -287,12 +358,18 @@ def template(view: TemplateView) -> Template:
         "spawnCount": record.spawn_count if view.owned else 0,
         "buildCount": view.build_count if view.owned else 0,
         "envdVersion": envd_version(build.agent_version),
-        "buildStatus": build.status,
-        "isDefault": record.is_default,
     }
-    if record.description is not None:
-        shown["description"] = record.description
-    return Template(**shown)
+
+
+def requested_build(made: Registered) -> RequestedBuild:
+    return RequestedBuild(
+        templateID=made.template.id,
+        buildID=made.build.id,
+        public=made.template.public,
+        names=full_names(made.names),
+        tags=made.tags,
+        aliases=[alias for _, alias in made.names],
+    )
 
 
 def template_with_builds(
@@ -311,7 +388,7 @@ def template_with_builds(
     )
 
 
-def build_info(build: BuildRecord, entries: list[BuildLogRecord]) -> BuildInfo:
+def build_info(build: BuildRecord, entries: list[BuildLogRecord], reason_logs: list[BuildLogRecord]) -> BuildInfo:
     shown: dict[str, Any] = {
         "templateID": build.template_id,
         "buildID": build.id,
@@ -320,7 +397,8 @@ def build_info(build: BuildRecord, entries: list[BuildLogRecord]) -> BuildInfo:
         "logEntries": [build_log_entry(entry) for entry in entries],
     }
     if build.reason is not None:
-        shown["reason"] = BuildReason(**{key: build.reason[key] for key in ("message", "step") if key in build.reason})
+        reason = {key: build.reason[key] for key in ("message", "step") if key in build.reason}
+        shown["reason"] = BuildReason(**reason, logEntries=[build_log_entry(entry) for entry in reason_logs])
     return BuildInfo(**shown)
 
 

@@ -1,149 +1,195 @@
-"""Builds: carried out by a node, followed and written down here.
+"""Builds: registered, started, carried out by a node, cancelled.
 
-A build belongs to the api process that started it; one that is found half-done after a crash is marked failed, since
-nobody follows its stream any more (the node gives it up when the stream breaks). The templates that come with the
-installation are built when they are missing.
+A build goes `waiting` (registered, then queued), `building`, and ends as `ready` or `error`. Its node carries it out
+and keeps its journal; whoever follows may go away and come back, so builds outlive the api process that started them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
+import contextlib
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import structlog
 
+from emberbox.control.build_plan import BuildPlan, build_request, check_plan, own_template
+from emberbox.control.build_queue import BuildQueue
+from emberbox.control.build_run import BuildRun, Outcome
 from emberbox.control.clock import now_ms
-from emberbox.control.errors import ControlError, NodeFailed, NotFound
-from emberbox.control.names import DEFAULT_TAG
+from emberbox.control.errors import Conflict, ControlError, Forbidden, Invalid, NodeUnavailable, NotFound
+from emberbox.control.names import DEFAULT_TAG, check_tag, parse_ref
 from emberbox.control.nodes import Node
 from emberbox.control.plane import Plane
+from emberbox.control.templates import Templates
 from emberbox.control.tokens import new_template_id
-from emberbox.store import teams as team_rows
+from emberbox.control.uploads import Uploads
 from emberbox.store import templates as rows
-from emberbox.store.records import BuildLogRecord, BuildRecord, TagRecord, TeamRecord, TemplateRecord
+from emberbox.store.errors import DuplicateName
+from emberbox.store.records import BuildRecord, TagRecord, TeamRecord, TemplateRecord
 from emberbox.wire import node_pb2 as pb
 
 log = structlog.get_logger()
 
 BASE = "base"
-_BUILD_SECONDS = 3600.0
-_FLUSH_SECONDS = 0.25
-_UNFINISHED = ("waiting", "building")
+RESERVED_WORDS = "comes with the installation; choose another name"
 
-StartupStatus = Literal["waiting", "building", "ready", "error"]
+_UNFINISHED = ("waiting", "building")
+_AWAY_SECONDS = 300.0
+_STALE_MS = 90_000
+"""A build that nobody has touched for so long is nobody's any more, where several processes share a database."""
+_NEVER_STARTED_MS = 24 * 3600 * 1000
+_TAGS = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Startup:
-    """How far the `base` template is. `fraction` is 0..1 of the build."""
+class NewTemplate:
+    """What a user registers. `name` is `[namespace/]alias[:tag]`; None: as the installation has it."""
 
-    status: StartupStatus = "waiting"
-    stage: str = ""
-    fraction: float = 0.0
-    message: str = ""
+    name: str
+    tags: tuple[str, ...] = ()
+    cpu_count: int | None = None
+    memory_mb: int | None = None
+    min_free_disk_mb: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    template: TemplateRecord
+    build: BuildRecord
+    names: list[tuple[str, str]]
+    tags: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a build is, as its node says. `fraction` is 0..1 of the whole."""
+
+    stage: str
+    fraction: float
 
 
 class Builds:
-    def __init__(self, plane: Plane) -> None:
+    def __init__(self, plane: Plane, templates: Templates, uploads: Uploads) -> None:
         self._plane = plane
-        self._running: dict[str, asyncio.Task[None]] = {}
-        self.startup = Startup()
-
-    # ---- the templates that come with the installation
-
-    async def ensure_base(self) -> None:
-        """See to it that `base` is there: wait for a node, build it when it is missing. Tells in `startup`."""
-        try:
-            await self._give_up_unfinished()
-            node = await self.connected_node()
-            ready = await self._ready_base(node)
-            if not ready:
-                await self._build_base(node)
-            self.startup = Startup("ready", fraction=1.0)
-        except ControlError as error:
-            log.error("base.failed", reason=error.message)
-            self.startup = Startup("error", self.startup.stage, self.startup.fraction, error.message)
-
-    async def _ready_base(self, node: Node) -> bool:
-        """Whether `base` has a ready build whose layers the node still has."""
-        store = self._plane.store
-        for template in await rows.page(store, team_id=None, kind="template", only_default=True):
-            names = (await rows.aliases_of(store, [template.id])).get(template.id, [])
-            if all(alias != BASE for _, alias in names):
-                continue
-            found = (await rows.latest_builds(store, [template.id])).get(template.id)
-            if found is None or found[0].status != "ready":
-                continue
-            description = await node.describe()
-            return set(found[0].layers) <= set(description.layers)
-        return False
-
-    async def _build_base(self, node: Node) -> None:
-        store, settings = self._plane.store, self._plane.settings
-        team = next((team for team in await team_rows.list_teams(store) if team.is_default), None)
-        if team is None:
-            raise NotFound("there is no default team yet; run `emberbox up`, or `python -m emberbox.control.bootstrap`")
-        build = self.new_build(
-            cpu_count=settings.default_cpu_count,
-            memory_mb=settings.default_memory_mb,
-            disk_size_mb=settings.default_disk_size_mb,
-            request={"recipe": BASE},
+        self._templates = templates
+        self._uploads = uploads
+        settings = plane.settings
+        self._queue = BuildQueue(
+            at_once=settings.builds_at_once,
+            per_team=settings.builds_per_team,
+            waiting_per_team=settings.builds_waiting_per_team,
         )
-        existing = await rows.alias_owner(store, team.slug, BASE)
-        if existing is None:
-            template = self.new_template(team, public=True, is_default=True)
+        self._progress: dict[str, Progress] = {}
+        self.reserved: frozenset[str] = frozenset({BASE})
+        """Names that the team of the shipped templates cannot give to its own."""
+
+    # ---- what a user asks for
+
+    async def register(self, team: TeamRecord, wanted: NewTemplate) -> Registered:
+        """A new build of a template, which is made when the team has none of the name.
+
+        Raises:
+            Invalid: the name, a tag or a size cannot be used.
+            Forbidden: the name is in another team's namespace, or comes with the installation.
+            Conflict: the name is a snapshot's.
+        """
+        ref = parse_ref(wanted.name)
+        tags = _tags(ref.tag, wanted.tags)
+        build = self._sized(wanted, tags, team)
+        if ref.namespace not in (None, team.slug):
+            raise Forbidden(f"names in {ref.namespace!r} are another team's; yours are in {team.slug!r}")
+        for _ in range(2):
+            existing = await self._own(team, ref.name)
+            if existing is not None:
+                build = replace(build, template_id=existing.id)
+                await rows.add_build(self._plane.store, build)
+                return await self._registered(existing, build, tags)
+            template = self.new_template(team, public=False)
             build = replace(build, template_id=template.id)
-            await rows.add(store, template, aliases=[(team.slug, BASE)], build=build)
-        else:
-            build = replace(build, template_id=existing.id)
-            await rows.add_build(store, build)
-        self.startup = Startup("building", "starting")
-        request = pb.BuildRequest(
-            build_id=build.id,
-            template_id=build.template_id,
-            team_id=team.id,
-            recipe=BASE,
-            cpu_count=build.cpu_count,
-            memory_mb=build.memory_mb,
-            disk_size_mb=build.disk_size_mb,
-        )
-        await self.run(node, build, request, tags=[DEFAULT_TAG], follow_startup=True)
-        finished = await rows.get_build(store, build.id)
-        if finished is None or finished.status != "ready":
-            raise NodeFailed(str((finished.reason or {}).get("message")) if finished else "the build is gone")
+            # Somebody registers the same name at the same time: then it exists in the second round.
+            with contextlib.suppress(DuplicateName):
+                await rows.add(self._plane.store, template, aliases=[(team.slug, ref.name)], build=build)
+                log.info("template.registered", template_id=template.id, team_id=team.id, name=ref.name)
+                return await self._registered(template, build, tags)
+        raise Conflict(f"the name {ref.name!r} is being registered by another request; try again")
 
-    async def connected_node(self) -> Node:
-        """The first node that is up."""
-        waits = [asyncio.create_task(node.connected.wait()) for node in self._plane.nodes]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        return self._plane.nodes.place()
+    async def start(self, team: TeamRecord, template: str, build_id: str, plan: BuildPlan) -> None:
+        """Queue a registered build.
 
-    async def _give_up_unfinished(self) -> None:
-        for build in await self.interrupted():
-            if build.snapshot_id is not None:
-                continue  # `snapshots.py` undoes those.
-            log.warning("build.interrupted", build_id=build.id, template_id=build.template_id)
-            await self._fail(build.id, {"message": "the build was interrupted by a restart; start it again"})
+        Raises:
+            Invalid: the plan cannot be built, its files are not uploaded, or its template has no ready build.
+            NotFound: no such template or build.
+            Forbidden: the template is another team's.
+            Conflict: the build was started before.
+            TooMany: too many builds of the team wait.
+        """
+        found = await self._templates.find_own(team, template)
+        build = await rows.get_build(self._plane.store, build_id)
+        if build is None or build.template_id != found.id:
+            raise NotFound(f"template {template!r} has no build {build_id[:64]!r}")
+        if build.status != "waiting" or build.worker is not None:
+            raise Conflict(f"build {build_id!r} was started before; register another one")
+        check_plan(plan)
+        source = await self._source(team, plan)
+        missing = plan.files - await self._uploads.present(team.id, plan.files)
+        for number, step in enumerate(plan.steps, start=1):
+            if step.files_hash in missing:
+                raise Invalid(f"step {number} (COPY): the files with hash {step.files_hash} were not uploaded")
+        await self._enqueue(build, team.id, plan, source)
 
-    async def interrupted(self) -> list[BuildRecord]:
-        """Builds and snapshots that were being made by a process that is gone."""
-        return [
-            build
-            for build in await rows.builds_in(self._plane.store, ["building"])
-            if build.worker != self._plane.worker
-            # With PostgreSQL another api process may be following it.
-            and (self._plane.store.is_sqlite or now_ms() - build.updated_at > _BUILD_SECONDS * 1000)
+    async def cancel(self, build: BuildRecord, message: str) -> bool:
+        """Give up a build that is not finished. Returns whether it was one."""
+        if not await self._fail(build.id, {"message": message}):
+            return False
+        await self._queue.remove(build.id)
+        if build.node_id:
+            try:
+                await self._plane.nodes.get(build.node_id).cancel_build(build.id)
+            except NotFound:
+                pass
+            except ControlError as error:
+                log.warning("build.left_on_node", build_id=build.id, node_id=build.node_id, reason=error.message)
+        return True
+
+    async def cancel_all(self, team_id: str) -> int:
+        """Give up a team's builds that are not finished; returns how many."""
+        unfinished = await rows.builds_in(self._plane.store, _UNFINISHED, team_id=team_id)
+        given_up = [
+            await self.cancel(build, "the build was cancelled by the administrator")
+            for build in unfinished
+            if build.snapshot_id is None
         ]
+        return sum(given_up)
 
-    # ---- any build
+    async def cancel_of(self, template_id: str) -> None:
+        """Give up the builds of a template that is about to be deleted."""
+        for build in await rows.builds_in(self._plane.store, _UNFINISHED):
+            if build.template_id == template_id and build.snapshot_id is None:
+                await self.cancel(build, "the template was deleted")
+
+    # ---- for the templates that come with the installation
+
+    async def start_own(self, build: BuildRecord, team_id: str, plan: BuildPlan, source: BuildRecord | None) -> None:
+        """Queue a build that was prepared here."""
+        await self._enqueue(build, team_id, plan, source)
+
+    def start_recipe(self, build: BuildRecord, team_id: str) -> asyncio.Task[None]:
+        """Build a recipe of the node's, before everything else."""
+        self._queue.add(build.id, team_id, lambda: self._carry_out(build.id, team_id, BuildPlan()), now=True)
+        task = self._queue.running(build.id)
+        assert task is not None
+        return task
+
+    def running(self, build_id: str) -> asyncio.Task[None] | None:
+        """The task of a build that this process follows."""
+        return self._queue.running(build_id)
+
+    def progress(self, build_id: str) -> Progress | None:
+        """How far a build is that this process follows."""
+        return self._progress.get(build_id)
 
     def new_template(self, team: TeamRecord, *, public: bool, is_default: bool = False) -> TemplateRecord:
         now = now_ms()
@@ -192,64 +238,232 @@ class Builds:
             finished_at=None,
         )
 
-    async def run(
-        self,
-        node: Node,
-        build: BuildRecord,
-        request: pb.BuildRequest,
-        *,
-        tags: list[str],
-        follow_startup: bool = False,
-    ) -> None:
-        """Have a node carry out a waiting build; returns when its row says `ready` or `error`."""
-        store = self._plane.store
-        started = await rows.change_build(
-            store,
-            build.id,
-            statuses=["waiting"],
-            changes={
-                "status": "building",
-                "worker": self._plane.worker,
-                "node_id": node.node_id,
-                "updated_at": now_ms(),
-            },
-        )
-        if started is None:
-            raise NotFound(f"build {build.id!r} is not waiting to be started")
-        journal = _Journal(self._plane, build.id, await rows.count_logs(store, build.id))
-        outcome: pb.BuildDone | pb.BuildFailed | None = None
+    async def connected_node(self) -> Node:
+        """The first node that is up."""
+        waits = [asyncio.create_task(node.connected.wait()) for node in self._plane.nodes]
         try:
-            async for event in node.build(request, seconds=_BUILD_SECONDS):
-                match event.WhichOneof("event"):
-                    case "log":
-                        await journal.add(event.log.entry, event.log.step)
-                    case "progress":
-                        if follow_startup:
-                            self.startup = Startup("building", event.progress.stage, event.progress.fraction)
-                    case "done":
-                        outcome = event.done
-                    case "failed":
-                        outcome = event.failed
-            await journal.flush()
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return self._plane.nodes.place()
+
+    # ---- over restarts
+
+    async def adopt(self) -> None:
+        """Go on with the builds of a process that is gone: queue those that wait, follow those that are built."""
+        store = self._plane.store
+        for build in await rows.builds_in(store, _UNFINISHED):
+            if build.snapshot_id is not None or build.worker in (None, self._plane.worker):
+                continue  # `snapshots.py` undoes those; registered only; our own.
+            if not store.is_sqlite and now_ms() - build.updated_at < _STALE_MS:
+                continue
+            request = build.request or {}
+            mine = {"worker": self._plane.worker, "updated_at": now_ms()}
+            claimed = await rows.claim_build(store, build.id, mine, status=build.status, worker=build.worker)
+            if claimed is None:
+                continue
+            log.info("build.adopted", build_id=build.id, template_id=build.template_id, status=build.status)
+            if build.status == "waiting" and request.get("registry"):
+                reason = (
+                    "the server restarted while the build waited, and registry credentials are not kept; start it again"
+                )
+                await self._fail(build.id, {"message": reason})
+                continue
+            now = build.status != "waiting" or "recipe" in request
+            self._add(claimed, request.get("team_id", ""), BuildPlan.from_stored(request), now=now)
+
+    async def interrupted(self) -> list[BuildRecord]:
+        """Snapshots that were being made by a process that is gone."""
+        limit_ms = self._plane.settings.build_seconds * 1000
+        return [
+            build
+            for build in await rows.builds_in(self._plane.store, ["building"])
+            if build.snapshot_id is not None
+            and build.worker != self._plane.worker
+            # With PostgreSQL another api process may be at it.
+            and (self._plane.store.is_sqlite or now_ms() - build.updated_at > limit_ms)
+        ]
+
+    async def tend(self) -> None:
+        """Say that queued builds are looked after; give up what was registered long ago and never started."""
+        store, now = self._plane.store, now_ms()
+        if mine := self._queue.build_ids():
+            await rows.touch_builds(store, mine, now)
+        for build in await rows.builds_in(store, ["waiting"]):
+            if build.worker is None and now - build.created_at > _NEVER_STARTED_MS:
+                await self._fail(build.id, {"message": "the build was registered and never started"})
+        if not store.is_sqlite:
+            await self.adopt()
+        unfinished = await rows.builds_in(store, _UNFINISHED)
+        in_use = [
+            ((build.request or {}).get("team_id", ""), files_hash)
+            for build in unfinished
+            if build.snapshot_id is None
+            for files_hash in BuildPlan.from_stored(build.request or {}).files
+        ]
+        await self._uploads.tend(in_use)
+
+    async def close(self) -> None:
+        """Follow no build any more. They go on, and `adopt` finds them."""
+        await self._queue.close()
+
+    # ---- inside
+
+    def _sized(self, wanted: NewTemplate, tags: list[str], team: TeamRecord) -> BuildRecord:
+        settings = self._plane.settings
+        cpu_count = wanted.cpu_count or settings.default_cpu_count
+        memory_mb = wanted.memory_mb or settings.default_memory_mb
+        disk_size_mb = max(settings.default_disk_size_mb, wanted.min_free_disk_mb or 0)
+        for name, value, limit, setting in (
+            ("cpuCount", cpu_count, settings.max_cpu_count, "EMBERBOX_MAX_CPU_COUNT"),
+            ("memoryMB", memory_mb, settings.max_memory_mb, "EMBERBOX_MAX_MEMORY_MB"),
+            ("minFreeDiskMB", disk_size_mb, settings.max_disk_size_mb, "EMBERBOX_MAX_DISK_SIZE_MB"),
+        ):
+            if value > limit:
+                raise Invalid(f"{name} {value} is more than the {limit} that a template may have ({setting})")
+        return self.new_build(
+            cpu_count=cpu_count,
+            memory_mb=memory_mb,
+            disk_size_mb=disk_size_mb,
+            request={"tags": tags, "team_id": team.id},
+        )
+
+    async def _own(self, team: TeamRecord, name: str) -> TemplateRecord | None:
+        """The team's template that a new build of `name` belongs to."""
+        store = self._plane.store
+        existing = await rows.alias_owner(store, team.slug, name)
+        if existing is None and (by_id := await rows.get(store, name)) is not None and by_id.team_id == team.id:
+            existing = by_id
+        if (existing is not None and existing.is_default) or (team.is_default and name in self.reserved):
+            raise Forbidden(f"the template {name!r} {RESERVED_WORDS}")
+        if existing is not None and existing.kind != "template":
+            raise Conflict(f"{name!r} is the name of a snapshot; choose another one, or delete it first")
+        return existing
+
+    async def _registered(self, template: TemplateRecord, build: BuildRecord, tags: list[str]) -> Registered:
+        return Registered(template, build, await self._templates.names(template.id), tags)
+
+    async def _source(self, team: TeamRecord, plan: BuildPlan) -> BuildRecord | None:
+        """The ready build that a plan starts from; None for an image."""
+        if plan.from_template:
+            source = (await self._templates.resolve(team, plan.from_template)).build
+        elif plan.credentials is None and (own := own_template(plan.from_image)) in self.reserved:
+            assert own is not None
+            source = (await self._templates.resolve_default(own)).build
+        else:
+            return None
+        if source.snapshot_id is not None:
+            raise Invalid(f"{plan.from_template!r} is a snapshot; a build starts from a template or an image")
+        return source
+
+    async def _enqueue(self, build: BuildRecord, team_id: str, plan: BuildPlan, source: BuildRecord | None) -> None:
+        self._queue.check_room(team_id)
+        changes: dict[str, Any] = {
+            "worker": self._plane.worker,
+            "updated_at": now_ms(),
+            "request": {**(build.request or {}), **plan.stored(), "source_build": source.id if source else ""},
+            # The layers that it stands on are in use from now on, whatever happens to their template.
+            "layers": source.layers if source else [],
+        }
+        queued = await rows.claim_build(self._plane.store, build.id, changes, status="waiting", worker=None)
+        if queued is None:
+            raise Conflict(f"build {build.id!r} was started before; register another one")
+        log.info("build.queued", build_id=build.id, template_id=build.template_id, steps=len(plan.steps))
+        self._add(queued, team_id, plan)
+
+    def _add(self, build: BuildRecord, team_id: str, plan: BuildPlan, *, now: bool = False) -> None:
+        self._queue.add(build.id, team_id, lambda: self._carry_out(build.id, team_id, plan), now=now)
+
+    async def _carry_out(self, build_id: str, team_id: str, plan: BuildPlan) -> None:
+        """See a build through; returns when its row says how it ended. Being cancelled leaves it as it is."""
+        try:
+            build, outcome = await self._outcome(build_id, team_id, plan)
         except ControlError as error:
-            await journal.flush()
-            outcome = pb.BuildFailed(message=error.message)
-        except BaseException:
-            await asyncio.shield(self._fail(build.id, {"message": "the build was cancelled"}))
-            raise
-        if isinstance(outcome, pb.BuildDone):
-            await self._finish(build, outcome, tags)
+            await self._fail(build_id, {"message": error.message})
             return
-        failed = outcome or pb.BuildFailed(message="the node ended the build without a result")
-        reason: dict[str, Any] = {"message": failed.message}
-        if failed.step:
-            reason["step"] = failed.step
+        except Exception:
+            log.exception("build.broke", build_id=build_id)
+            await self._fail(build_id, {"message": "internal error; the server's log says more"})
+            return
+        finally:
+            self._progress.pop(build_id, None)
+        if isinstance(outcome, pb.BuildDone):
+            await self._finish(build, outcome)
+            return
+        reason: dict[str, Any] = {"message": outcome.message or "the node gave no reason"}
+        if outcome.step:
+            reason["step"] = outcome.step
         await self._fail(build.id, reason)
 
-    async def _finish(self, build: BuildRecord, done: pb.BuildDone, tags: list[str]) -> None:
+    async def _outcome(self, build_id: str, team_id: str, plan: BuildPlan) -> tuple[BuildRecord, Outcome]:
+        build = await rows.get_build(self._plane.store, build_id)
+        if build is None or build.status not in _UNFINISHED:
+            raise NotFound(f"build {build_id!r} is not to be built any more")
+        stored = build.request or {}
+        request: pb.BuildRequest | None = None
+        if build.status == "building":
+            node = await self._node(build.node_id)
+        else:
+            source = (
+                await rows.get_build(self._plane.store, stored["source_build"]) if stored.get("source_build") else None
+            )
+            if stored.get("source_build") and source is None:
+                raise Invalid("the template that it builds from was deleted meanwhile")
+            request = self._request(build, team_id, plan, source)
+            node = await self._node(source.node_id if source else None)
+            changes = {
+                "status": "building",
+                "node_id": node.node_id,
+                "updated_at": now_ms(),
+                "worker": self._plane.worker,
+            }
+            changes["request"] = {**stored, "started_ms": now_ms()}
+            started = await rows.change_build(self._plane.store, build_id, statuses=["waiting"], changes=changes)
+            if started is None:
+                raise NotFound(f"build {build_id!r} is not waiting any more")
+            build = started
+        started_ms = (build.request or {}).get("started_ms", build.created_at)
+        run = BuildRun(
+            self._plane,
+            node,
+            build,
+            request,
+            deadline_ms=started_ms + int(self._plane.settings.build_seconds * 1000),
+            progress=lambda stage, fraction: self._progress.__setitem__(build_id, Progress(stage, fraction)),
+        )
+        return build, await run.outcome()
+
+    def _request(
+        self, build: BuildRecord, team_id: str, plan: BuildPlan, source: BuildRecord | None
+    ) -> pb.BuildRequest:
+        recipe = (build.request or {}).get("recipe")
+        files_dir = str(self._uploads.folder(team_id))
+        request = build_request(build, team_id, plan, files_dir=files_dir, source=source)
+        if recipe:
+            request.recipe = recipe
+        return request
+
+    async def _node(self, node_id: str | None) -> Node:
+        """The node of this ID (None: any that takes builds), waiting a while for it.
+
+        Raises:
+            NodeUnavailable: it does not come.
+        """
+        end = asyncio.get_running_loop().time() + _AWAY_SECONDS * self._plane.settings.time_scale
+        while True:
+            try:
+                return self._plane.nodes.get(node_id) if node_id else self._plane.nodes.place()
+            except NodeUnavailable:
+                if asyncio.get_running_loop().time() > end:
+                    raise
+            await asyncio.sleep(0.25)
+
+    async def _finish(self, build: BuildRecord, done: pb.BuildDone) -> None:
         now = now_ms()
         image = done.image
-        await rows.change_build(
+        tags = (build.request or {}).get("tags") or [DEFAULT_TAG]
+        ready = await rows.change_build(
             self._plane.store,
             build.id,
             statuses=["building"],
@@ -269,55 +483,52 @@ class Builds:
             },
             tags=[TagRecord(str(uuid.uuid4()), build.template_id, tag, build.id, now) for tag in tags],
         )
+        if ready is None:
+            log.info("build.unwanted", build_id=build.id)
+            await self._release(build, list(image.layers))
+            return
         log.info("build.ready", build_id=build.id, template_id=build.template_id, size_bytes=done.size_bytes)
 
-    async def _fail(self, build_id: str, reason: dict[str, Any]) -> None:
+    async def _fail(self, build_id: str, reason: dict[str, Any]) -> bool:
+        """Mark a build as failed; what was ready before stays in use. Returns whether it was unfinished."""
         now = now_ms()
-        await rows.change_build(
+        before = await rows.get_build(self._plane.store, build_id)
+        failed = await rows.change_build(
             self._plane.store,
             build_id,
             statuses=_UNFINISHED,
-            changes={"status": "error", "worker": None, "reason": reason, "updated_at": now, "finished_at": now},
+            changes={
+                "status": "error",
+                "worker": None,
+                "reason": reason,
+                "layers": [],
+                "updated_at": now,
+                "finished_at": now,
+            },
         )
+        if failed is None or before is None:
+            return False
         log.warning("build.failed", build_id=build_id, reason=reason["message"], step=reason.get("step"))
+        if before.layers:
+            await self._release(failed, before.layers)
+        return True
 
-    async def cancel_all(self, team_id: str) -> int:
-        """Give up a team's builds that are not finished; returns how many."""
-        unfinished = await rows.builds_in(self._plane.store, _UNFINISHED, team_id=team_id)
-        for build in unfinished:
-            if task := self._running.get(build.id):
-                task.cancel()
-            await self._fail(build.id, {"message": "the build was cancelled by the administrator"})
-        return len(unfinished)
+    async def _release(self, build: BuildRecord, layers: list[str]) -> None:
+        """Have the node remove those of a build's layers that no build uses any more."""
+        unused = await rows.unused_layers(self._plane.store, layers, but_by=build.id)
+        if not unused or not build.node_id:
+            return
+        try:
+            await self._plane.nodes.get(build.node_id).delete_build(build.id, sorted(unused))
+        except NotFound:
+            pass
+        except ControlError as error:
+            log.warning("build.left_on_node", build_id=build.id, node_id=build.node_id, reason=error.message)
 
 
-class _Journal:
-    """Log entries on their way to the store, in batches: a build may print thousands of lines a second."""
-
-    def __init__(self, plane: Plane, build_id: str, position: int) -> None:
-        self._plane = plane
-        self._build_id = build_id
-        self._position = position
-        self._entries: list[BuildLogRecord] = []
-        self._flushed_at = time.monotonic()
-
-    async def add(self, entry: pb.LogEntry, step: str) -> None:
-        self._entries.append(
-            BuildLogRecord(
-                build_id=self._build_id,
-                position=self._position,
-                timestamp_ms=entry.timestamp_unix_ms or now_ms(),
-                level=entry.level or "info",
-                message=entry.message.replace("\0", ""),
-                step=step,
-            )
-        )
-        self._position += 1
-        if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
-            await self.flush()
-
-    async def flush(self) -> None:
-        if self._entries:
-            await rows.add_logs(self._plane.store, self._entries)
-            self._entries = []
-        self._flushed_at = time.monotonic()
+def _tags(tag: str | None, further: tuple[str, ...]) -> list[str]:
+    """The tags of a build: the name's, the further ones; `default` when there is none."""
+    tags = list(dict.fromkeys(check_tag(one) for one in ([tag] if tag else []) + list(further)))
+    if len(tags) > _TAGS:
+        raise Invalid(f"a build has at most {_TAGS} tags, this one has {len(tags)}")
+    return tags or [DEFAULT_TAG]

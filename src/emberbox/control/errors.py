@@ -69,6 +69,18 @@ class TooLarge(ControlError):
     status = 413
 
 
+class Gone(ControlError):
+    """An operation that E2B has ended; the message says what to use instead."""
+
+    status = 410
+
+
+class StorageFull(ControlError):
+    """No room on the disk."""
+
+    status = 507
+
+
 class KeyReused(ControlError):
     """An idempotency key came again with another body."""
 

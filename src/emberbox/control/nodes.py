@@ -32,6 +32,7 @@ _SECONDS = {
     "SetNetwork": 10.0,
     "Logs": 10.0,
     "Acknowledge": 10.0,
+    "CancelBuild": 60.0,
     "DeleteBuild": 60.0,
 }
 """How long an answer may take before the call is given up, at `time_scale` 1."""
@@ -133,9 +134,22 @@ class Node:
     async def delete_build(self, build_id: str, layers: list[str]) -> None:
         await self._call("DeleteBuild", pb.DeleteBuildRequest(build_id=build_id, layers=layers))
 
+    async def cancel_build(self, build_id: str) -> None:
+        await self._call("CancelBuild", pb.CancelBuildRequest(build_id=build_id))
+
     async def build(self, request: pb.BuildRequest, *, seconds: float) -> AsyncIterator[pb.BuildEvent]:
-        """Events of a build. Leaving the iteration early cancels the build on the node."""
-        call = self._stub.Build(request, timeout=seconds * self._scale)
+        """Start a build; its events. Leaving the iteration leaves the build going on."""
+        async for event in self._build_events(self._stub.Build(request, timeout=seconds * self._scale)):
+            yield event
+
+    async def follow_build(self, build_id: str, *, from_position: int, seconds: float) -> AsyncIterator[pb.BuildEvent]:
+        """Events of a build that goes on or ended lately; of its log, those from a position on."""
+        request = pb.FollowBuildRequest(build_id=build_id, from_position=from_position)
+        async for event in self._build_events(self._stub.FollowBuild(request, timeout=seconds * self._scale)):
+            yield event
+
+    @staticmethod
+    async def _build_events(call: Any) -> AsyncIterator[pb.BuildEvent]:
         try:
             async for event in call:
                 yield event

@@ -12,6 +12,7 @@ from typing import Any
 
 import structlog
 
+from emberbox.control.build_plan import image_of
 from emberbox.control.clock import now_ms
 from emberbox.control.edges import route_of
 from emberbox.control.errors import Conflict, ControlError, Invalid, KeyReused, NotBuilt, NotFound
@@ -353,19 +354,6 @@ def is_sandbox_id(text: str) -> bool:
 
 def sandbox_not_found(sandbox_id: str) -> NotFound:
     return NotFound(f"sandbox {sandbox_id[:64]!r} was not found")
-
-
-def image_of(build: BuildRecord) -> pb.Image:
-    """A ready build in the node contract's words."""
-    return pb.Image(
-        build_id=build.id,
-        layers=build.layers,
-        env_vars=build.env_vars,
-        default_user=build.default_user,
-        default_workdir=build.default_workdir,
-        start_command=build.start_command,
-        ready_command=build.ready_command,
-    )
 
 
 def timeout_action(auto_pause: bool, auto_pause_memory: bool) -> pb.TimeoutAction.ValueType:

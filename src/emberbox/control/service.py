@@ -20,11 +20,13 @@ from emberbox.control.nodes import Node, Nodes
 from emberbox.control.plane import Plane
 from emberbox.control.reconcile import Reconciler, watch
 from emberbox.control.sandboxes import Sandboxes
+from emberbox.control.shipped import Shipped
 from emberbox.control.snapshots import Snapshots
 from emberbox.control.states import State
 from emberbox.control.tags import Tags
 from emberbox.control.templates import Templates
 from emberbox.control.tokens import SandboxTokens
+from emberbox.control.uploads import Uploads
 from emberbox.settings import Settings
 from emberbox.store import metrics as metric_rows
 from emberbox.store import sandboxes as sandbox_rows
@@ -67,7 +69,12 @@ class ControlPlane:
         self.lifecycle = Lifecycle(self.plane, self.sandboxes)
         self.metrics = Metrics(self.plane)
         self.logs = Logs(self.plane)
-        self.builds = Builds(self.plane)
+        self.uploads = Uploads(self.plane)
+        self.builds = Builds(self.plane, self.templates, self.uploads)
+        self.shipped = Shipped(self.plane, self.templates, self.builds, self.uploads)
+        self.builds.reserved |= self.shipped.names
+        self.templates.ship = self.shipped.use
+        self.templates.leaving = self.builds.cancel_of
         self.snapshots = Snapshots(self.plane, self.templates, self.sandboxes, self.builds)
         self.tags = Tags(self.plane, self.templates)
         self.fleet = Fleet(self.plane)
@@ -93,6 +100,7 @@ class ControlPlane:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.builds.close()
         await self._edge.close()
         await self.plane.nodes.close()
         await self.accounts.record_use()
@@ -105,7 +113,7 @@ class ControlPlane:
 
     async def _start_up(self) -> None:
         """What is done once a node is there."""
-        await self.builds.ensure_base()
+        await self.shipped.ensure_base()
         await self.builds.connected_node()
         await self.snapshots.undo_interrupted()
 
@@ -115,6 +123,7 @@ class ControlPlane:
             await asyncio.sleep(_UPKEEP_SECONDS)
             try:
                 await self.accounts.record_use()
+                await self.builds.tend()
                 now = now_ms()
                 await metric_rows.forget(self.store, now - self.settings.metrics_keep_seconds * 1000)
                 await sandbox_rows.forget_ended(self.store, now - self.settings.logs_keep_seconds * 1000)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import structlog
 
 from emberbox.control.clock import now_ms
 from emberbox.control.errors import ControlError, Forbidden, Invalid, NotFound
-from emberbox.control.names import TemplateRef, did_you_mean, parse_ref
+from emberbox.control.names import DEFAULT_TAG, TemplateRef, did_you_mean, parse_ref
 from emberbox.control.plane import Plane
 from emberbox.store import templates as rows
 from emberbox.store.records import BuildLogRecord, BuildRecord, TeamRecord, TemplateRecord
 
 log = structlog.get_logger()
+
+REASON_LOG_ENTRIES = 100
+"""Log entries of the failing step that a failed build's reason repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +43,50 @@ class TemplateView:
 class Templates:
     def __init__(self, plane: Plane) -> None:
         self._plane = plane
+        self.ship: Callable[[TemplateRef], Awaitable[bool]] | None = None
+        """Builds what a reference means when it is a template that ships with Emberbox; returns whether it is one."""
+        self.leaving: Callable[[str], Awaitable[None]] | None = None
+        """Told of a template before it is deleted."""
 
     async def resolve(self, team: TeamRecord, text: str) -> Source:
-        """The ready build that `text` names for this team.
+        """The ready build that `text` names for this team. A shipped template is built on its first use.
 
         Raises:
             Invalid: `text` is not a name, or what it names has no ready build.
             NotFound: no such template or tag, or it is another team's.
+            NodeUnavailable: it is a shipped template that is being built.
         """
         ref = parse_ref(text)
+        try:
+            return await self._resolve(team, ref)
+        except (Invalid, NotFound):
+            if self.ship is None or not await self.ship(ref):
+                raise
+        return await self._resolve(team, ref)
+
+    async def resolve_default(self, name: str) -> Source:
+        """The ready build of a template that comes with the installation, whatever else has its name.
+
+        Raises:
+            NotFound: there is none.
+            Invalid: it has no ready build.
+            NodeUnavailable: it is being built.
+        """
+        found = await self._default(name)
+        if found is None and self.ship is not None and await self.ship(TemplateRef(None, name, None)):
+            found = await self._default(name)
+        if found is None:
+            raise NotFound(f"template {name!r} is not there yet; `emberbox status` says how far it is")
+        return found
+
+    async def _default(self, name: str) -> Source | None:
+        template = await rows.default_template(self._plane.store, name)
+        build = await rows.tagged_build(self._plane.store, template.id, DEFAULT_TAG) if template else None
+        if template is None or build is None or build.status != "ready":
+            return None
+        return Source(template, build, name)
+
+    async def _resolve(self, team: TeamRecord, ref: TemplateRef) -> Source:
         template, alias, build = await self._find(team, ref)
         if build is None:
             if ref.tag is None:
@@ -121,24 +160,34 @@ class Templates:
         """Builds of a template, newest first."""
         return await rows.builds_page(self._plane.store, template.id, limit=limit, after=after)
 
+    async def count_builds(self, template: TemplateRecord) -> int:
+        return len(await rows.builds_page(self._plane.store, template.id))
+
     async def build(self, team: TeamRecord, text: str, build_id: str) -> tuple[TemplateRecord, BuildRecord]:
-        """A build of a template.
+        """A build of one of the team's templates. What others' builds print is not for everybody, public or not.
 
         Raises:
             NotFound: no such template, or no such build of it.
+            Forbidden: it is public and another team's.
         """
-        template = await self.find(team, text)
+        template = await self.find_own(team, text)
         build = await rows.get_build(self._plane.store, build_id) if "\0" not in build_id else None
         if build is None or build.template_id != template.id:
             raise NotFound(f"template {text!r} has no build {build_id[:64]!r}")
         return template, build
 
     async def build_logs(
-        self, build: BuildRecord, *, position: int, limit: int, levels: tuple[str, ...]
+        self, build: BuildRecord, *, offset: int, limit: int, levels: tuple[str, ...] | None
     ) -> list[BuildLogRecord]:
-        """Log entries from a position on. A position counts every entry, whatever its level."""
-        found = await rows.logs_from(self._plane.store, build.id, position=position, limit=limit)
-        return [entry for entry in found if entry.level in levels]
+        """Log entries without the first `offset`, of all or of those of some levels: adding up what came pages."""
+        return await rows.logs_from(self._plane.store, build.id, offset=offset, limit=limit, levels=levels)
+
+    async def reason_logs(self, build: BuildRecord) -> list[BuildLogRecord]:
+        """The last log entries of the step at which a build failed; none for one that did not fail at a step."""
+        step = (build.reason or {}).get("step")
+        if not step:
+            return []
+        return await rows.last_logs(self._plane.store, build.id, step=step, limit=REASON_LOG_ENTRIES)
 
     async def build_logs_by_time(
         self, build: BuildRecord, *, cursor_ms: int | None, limit: int, backward: bool, levels: tuple[str, ...]
@@ -174,6 +223,8 @@ class Templates:
             if len(await rows.builds_page(store, template.id, limit=2)) > 1:
                 await self._gone(*await rows.delete_build(store, build.id))
                 return
+        if self.leaving is not None:
+            await self.leaving(template.id)
         await self._gone(*await rows.delete_template(store, template.id))
         log.info("template.deleted", template_id=template.id, team_id=team.id)
 

@@ -80,6 +80,26 @@ async def alias_owner(store: Store, namespace: str, alias: str) -> TemplateRecor
     return TemplateRecord(**fields(row)) if row else None
 
 
+async def default_template(store: Store, alias: str) -> TemplateRecord | None:
+    """The template of this name that comes with the installation."""
+    query = (
+        select(templates)
+        .join(template_aliases, template_aliases.c.template_id == templates.c.id)
+        .where(templates.c.is_default, template_aliases.c.alias == alias)
+        .limit(1)
+    )
+    async with store.read() as connection:
+        row = (await connection.execute(query)).first()
+    return TemplateRecord(**fields(row)) if row else None
+
+
+async def tagged_build(store: Store, template_id: str, tag: str) -> BuildRecord | None:
+    """The build that a tag of a template means."""
+    async with store.read() as connection:
+        row = (await connection.execute(_tagged, {"template": template_id, "tag": tag})).first()
+    return BuildRecord(**fields(row)) if row else None
+
+
 async def known_names(store: Store, team_id: str) -> list[str]:
     """Every alias that the team could use, for suggestions."""
     query = (
@@ -239,6 +259,32 @@ async def change_build(
     return BuildRecord(**fields(row))
 
 
+async def claim_build(
+    store: Store, build_id: str, changes: Mapping[str, Any], *, status: str, worker: str | None
+) -> BuildRecord | None:
+    """Change a build that has `status` and belongs to `worker` (None: to nobody yet); None when that has changed."""
+    owner = template_builds.c.worker
+    statement = (
+        update(template_builds)
+        .where(
+            template_builds.c.id == build_id,
+            template_builds.c.status == status,
+            owner.is_(None) if worker is None else owner == worker,
+        )
+        .values(**changes)
+        .returning(*template_builds.c)
+    )
+    row = (await store.write_one(statement)).first()
+    return BuildRecord(**fields(row)) if row else None
+
+
+async def touch_builds(store: Store, build_ids: Iterable[str], now: int) -> None:
+    """Note that somebody still looks after these builds."""
+    await store.write_one(
+        update(template_builds).where(template_builds.c.id.in_(list(build_ids))).values(updated_at=now)
+    )
+
+
 async def builds_in(store: Store, statuses: Iterable[str], *, team_id: str | None = None) -> list[BuildRecord]:
     query = select(template_builds).where(template_builds.c.status.in_(list(statuses)))
     if team_id is not None:
@@ -267,6 +313,16 @@ async def delete_build(store: Store, build_id: str) -> tuple[list[BuildRecord], 
         builds = await _builds(connection, template_builds.c.id == build_id)
         await connection.execute(delete(template_builds).where(template_builds.c.id == build_id))
         return builds, await _unused_layers(connection, builds)
+
+
+async def unused_layers(store: Store, layers: Iterable[str], *, but_by: str) -> set[str]:
+    """Those of `layers` that no build uses, other than `but_by`."""
+    candidates = set(layers)
+    query = select(template_builds.c.layers).where(template_builds.c.id != but_by)
+    async with store.read() as connection:
+        for row in await connection.execute(query):
+            candidates.difference_update(row.layers)
+    return candidates
 
 
 # ---- tags
@@ -302,8 +358,13 @@ async def delete_tags(store: Store, template_id: str, tags: Iterable[str]) -> in
 # ---- build logs
 
 
-async def add_logs(store: Store, records: Sequence[BuildLogRecord]) -> None:
-    await store.write_one(insert(build_logs), [values(record) for record in records])
+async def add_logs(store: Store, records: Sequence[BuildLogRecord]) -> bool:
+    """Append log entries. Returns whether they could be: the build may be gone."""
+    try:
+        await store.write_one(insert(build_logs), [values(record) for record in records])
+    except IntegrityError:
+        return False
+    return True
 
 
 async def count_logs(store: Store, build_id: str) -> int:
@@ -312,16 +373,28 @@ async def count_logs(store: Store, build_id: str) -> int:
         return int((await connection.execute(query)).scalar_one())
 
 
-async def logs_from(store: Store, build_id: str, *, position: int, limit: int) -> list[BuildLogRecord]:
-    """Log entries by position, oldest first."""
-    query = (
-        select(build_logs)
-        .where(build_logs.c.build_id == build_id, build_logs.c.position >= position)
-        .order_by(build_logs.c.position)
-        .limit(limit)
-    )
+async def logs_from(
+    store: Store, build_id: str, *, offset: int, limit: int, levels: Iterable[str] | None = None
+) -> list[BuildLogRecord]:
+    """Log entries, oldest first, without the first `offset` of those that have one of `levels` (None: any)."""
+    query = select(build_logs).where(build_logs.c.build_id == build_id).order_by(build_logs.c.position).limit(limit)
+    if levels is None:
+        # Positions are dense: the index leads there.
+        query = query.where(build_logs.c.position >= offset)
+    else:
+        query = query.where(build_logs.c.level.in_(list(levels))).offset(offset)
     async with store.read() as connection:
         return [BuildLogRecord(**fields(row)) for row in await connection.execute(query)]
+
+
+async def last_logs(store: Store, build_id: str, *, step: str | None, limit: int) -> list[BuildLogRecord]:
+    """The last log entries of a build or of one of its steps, oldest first."""
+    query = select(build_logs).where(build_logs.c.build_id == build_id)
+    if step is not None:
+        query = query.where(build_logs.c.step == step)
+    async with store.read() as connection:
+        rows = await connection.execute(query.order_by(build_logs.c.position.desc()).limit(limit))
+        return [BuildLogRecord(**fields(row)) for row in rows][::-1]
 
 
 async def logs_by_time(

@@ -223,7 +223,7 @@ async def test_base_is_built_again_when_the_node_has_lost_its_layers(restarted: 
     restarted.node.layers = []
 
     async with restarted.serving():
-        await eventually(lambda: restarted.control.builds.startup.status == "ready")
+        await eventually(lambda: restarted.control.shipped.startup.status == "ready")
         templates = (await restarted.client.get("/v2/templates")).json()
 
     assert len(restarted.node.builds) == 2
@@ -235,7 +235,7 @@ async def test_a_failed_base_build_is_told(restarted: World) -> None:
     restarted.node.build_events = [pb.BuildEvent(failed=pb.BuildFailed(message="no space left", step="base"))]
 
     async with restarted.serving():
-        await eventually(lambda: restarted.control.builds.startup.status == "error")
+        await eventually(lambda: restarted.control.shipped.startup.status == "error")
         told = (await restarted.client.get("/startup")).json()
 
     assert told["base"]["status"] == "error"

@@ -236,9 +236,6 @@ async def test_a_fork_of_a_paused_sandbox_is_409(world: World) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "body"),
     [
-        ("POST", "/v3/templates", {"name": "mine"}),
-        ("POST", "/v2/templates/base/builds/x", {"fromImage": "debian"}),
-        ("GET", "/templates/base/files/abc", None),
         ("GET", "/volumes", None),
         ("POST", "/secrets", {"name": "a", "value": "b"}),
     ],

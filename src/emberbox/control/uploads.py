@@ -1,0 +1,299 @@
+"""Files for COPY steps: archives that clients upload through signed links, kept for a team until nobody uses them.
+
+An archive is named by the client's hash of what it copies. That hash cannot be recomputed from the archive: it covers
+the step's source and destination, which an upload does not tell, and with some clients the sizes of directories, which
+no archive holds. So a link is good for one hash, and what arrives must be complete and well-formed: its length is the
+declared one, its checksum (gzip's) is right, and every member stays inside the folder it is unpacked into.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gzip
+import hmac
+import io
+import os
+import re
+import secrets
+import tarfile
+import time
+import zlib
+from collections.abc import AsyncIterator, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import structlog
+
+from emberbox.control.clock import now_ms
+from emberbox.control.errors import Forbidden, Invalid, StorageFull, TooLarge
+from emberbox.control.plane import Plane
+
+log = structlog.get_logger()
+
+LINK_SECONDS = 3600
+"""A link is good for as long as clients take to upload: their own limit is an hour."""
+
+_HASH = re.compile(r"[0-9a-f]{64}\Z")
+_TEAM = re.compile(r"[0-9a-f-]{1,36}\Z")
+_PURPOSE = "upload"
+_CHUNK = 1024 * 1024
+_GZIP_MAGIC = b"\x1f\x8b"
+_UNPACKED_TIMES = 8
+"""An archive may unpack to so many times the size limit of an upload; more is a bomb."""
+_MEMBERS = 1_000_000
+_PARTIAL = ".part"
+_LEFT_BEHIND_SECONDS = 2 * LINK_SECONDS
+_FRESH_SECONDS = LINK_SECONDS
+"""An archive that was asked for lately is kept: a client that was told it is there starts its build soon."""
+
+
+@dataclass(frozen=True, slots=True)
+class UploadLink:
+    """Whether the archive is there, and where it can be (re)placed: path and query, below the API's address."""
+
+    present: bool
+    target: str
+
+
+class Uploads:
+    """The archives of all teams, in `data_dir`/api/files/<team>/<hash>.tar.gz."""
+
+    def __init__(self, plane: Plane) -> None:
+        self._plane = plane
+        self._root = plane.settings.api_dir / "files"
+        self._limit = plane.settings.max_upload_mb * 1024 * 1024
+
+    def folder(self, team_id: str) -> Path:
+        """Where a team's archives lie."""
+        if not _TEAM.match(team_id):
+            raise Invalid(f"{team_id[:64]!r} is not a team's identifier")
+        return self._root / team_id
+
+    async def link(self, team_id: str, files_hash: str) -> UploadLink:
+        """A link to upload an archive, good for `LINK_SECONDS`.
+
+        Raises:
+            Invalid: the hash is not one.
+        """
+        path = self._path(team_id, files_hash)
+        present = await asyncio.to_thread(_touch, path)
+        expires = now_ms() // 1000 + LINK_SECONDS
+        signature = self._signature(team_id, files_hash, str(expires))
+        return UploadLink(present, f"/files/{team_id}/{files_hash}?expires={expires}&signature={signature}")
+
+    async def present(self, team_id: str, hashes: Collection[str]) -> set[str]:
+        """Which of the archives are there; their use is noted.
+
+        Raises:
+            Invalid: a hash is not one.
+        """
+        paths = {files_hash: self._path(team_id, files_hash) for files_hash in hashes}
+        return await asyncio.to_thread(lambda: {files_hash for files_hash, path in paths.items() if _touch(path)})
+
+    async def receive(
+        self,
+        team_id: str,
+        files_hash: str,
+        *,
+        expires: str,
+        signature: str,
+        length: int | None,
+        body: AsyncIterator[bytes],
+    ) -> None:
+        """Store an upload. Nothing of it is left when it fails or the client goes away.
+
+        Raises:
+            Forbidden: the link is forged or has expired.
+            Invalid: the length is missing or wrong, or what arrived is not a well-formed archive.
+            TooLarge: it is larger than the limit.
+            StorageFull: the disk is full.
+        """
+        wanted = self._signature(team_id, files_hash, expires)
+        if not hmac.compare_digest(wanted.encode(), signature.encode()):
+            raise Forbidden("this upload link is not valid; ask for a new one")
+        if not expires.isdigit() or int(expires) < now_ms() // 1000:
+            raise Forbidden("this upload link has expired; ask for a new one")
+        path = self._path(team_id, files_hash)
+        if length is None:
+            raise Invalid("an upload needs a Content-Length header")
+        if length > self._limit:
+            raise TooLarge(f"the archive has {length} bytes; the limit is {self._limit} (EMBERBOX_MAX_UPLOAD_MB)")
+        began = time.perf_counter()
+        partial = path.with_name(f"{files_hash}.{secrets.token_hex(8)}{_PARTIAL}")
+        try:
+            received = await self._write(partial, body, length)
+            if received != length:
+                raise Invalid(f"the upload ended after {received} of {length} bytes; upload it again")
+            await asyncio.to_thread(check_archive, partial, self._limit * _UNPACKED_TIMES)
+            await asyncio.to_thread(os.replace, partial, path)
+        except OSError as error:
+            raise _storage_error(error) from error
+        finally:
+            await asyncio.shield(asyncio.to_thread(partial.unlink, missing_ok=True))
+        log.info(
+            "upload.stored",
+            team_id=team_id,
+            files_hash=files_hash,
+            size_bytes=length,
+            ms=round((time.perf_counter() - began) * 1000),
+        )
+
+    async def put(self, team_id: str, files_hash: str, archive: Path) -> None:
+        """Take over an archive that was packed here."""
+        path = self._path(team_id, files_hash)
+        try:
+            await asyncio.to_thread(_move_into, archive, path)
+        except OSError as error:
+            raise _storage_error(error) from error
+
+    async def tend(self, in_use: Collection[tuple[str, str]]) -> None:
+        """Remove what is old, what is too much, and what broken uploads left. `in_use`: (team, hash) of builds."""
+        settings = self._plane.settings
+        removed = await asyncio.to_thread(
+            _tend,
+            self._root,
+            keep_seconds=settings.uploads_keep_seconds,
+            team_bytes=settings.uploads_mb_per_team * 1024 * 1024,
+            in_use=set(in_use),
+        )
+        if removed:
+            log.info("uploads.removed", count=removed)
+
+    def _path(self, team_id: str, files_hash: str) -> Path:
+        if not _HASH.match(files_hash):
+            raise Invalid(f"{files_hash[:80]!r} is not a hash of files; it has 64 hex digits")
+        return self.folder(team_id) / f"{files_hash}.tar.gz"
+
+    def _signature(self, team_id: str, files_hash: str, expires: str) -> str:
+        return self._plane.tokens.sign(_PURPOSE, f"{team_id}/{files_hash}/{expires}")
+
+    async def _write(self, partial: Path, body: AsyncIterator[bytes], length: int) -> int:
+        """Write the body to disk as it comes, at most one byte more than `length`. Returns how much came."""
+        file = await asyncio.to_thread(_create, partial)
+        received = 0
+        waiting = bytearray()
+        try:
+            async for chunk in body:
+                received += len(chunk)
+                if received > length:
+                    break
+                waiting += chunk
+                if len(waiting) >= _CHUNK:
+                    await asyncio.to_thread(file.write, bytes(waiting))
+                    waiting.clear()
+            await asyncio.to_thread(file.write, bytes(waiting))
+        finally:
+            await asyncio.shield(asyncio.to_thread(file.close))
+        return received
+
+
+def check_archive(path: Path, unpacked_limit: int) -> None:
+    """Read an archive from beginning to end: a tar, compressed with gzip or not.
+
+    Raises:
+        Invalid: it is damaged, cut off, unpacks to more than `unpacked_limit` bytes, or has a member that is neither
+            file, directory nor link, or lies outside.
+    """
+    members = 0
+    try:
+        with path.open("rb") as file:
+            compressed = file.read(2) == _GZIP_MAGIC
+            file.seek(0)
+            limited = _Limited(gzip.GzipFile(fileobj=file) if compressed else file, unpacked_limit)
+            with tarfile.open(fileobj=limited, mode="r|", bufsize=_CHUNK) as archive:
+                for member in archive:
+                    members += 1
+                    if members > _MEMBERS:
+                        raise Invalid(f"the archive has more than {_MEMBERS} members, the limit")
+                    _check_member(member)
+                    # A list of all members would only grow.
+                    archive.members = []  # type: ignore[attr-defined]
+            # The checksum comes at the very end.
+            while limited.read(_CHUNK):
+                pass
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise Invalid(f"what was uploaded is not a tar archive, or is damaged: {error}") from error
+    if not members:
+        raise Invalid("the archive is empty")
+
+
+class _Limited(io.RawIOBase):
+    """Reads at most `limit` bytes of a file."""
+
+    def __init__(self, file: IO[bytes] | gzip.GzipFile, limit: int) -> None:
+        super().__init__()
+        self._file = file
+        self._limit = limit
+        self._count = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._count += len(data)
+        if self._count > self._limit:
+            raise Invalid(f"the archive unpacks to more than {self._limit} bytes, the limit")
+        return data
+
+
+def _check_member(member: tarfile.TarInfo) -> None:
+    parts = member.name.split("/")
+    if member.name.startswith("/") or ".." in parts:
+        raise Invalid(f"the archive's member {member.name[:200]!r} lies outside; names must be relative, without '..'")
+    if not (member.isfile() or member.isdir() or member.issym() or member.islnk()):
+        raise Invalid(f"the archive's member {member.name[:200]!r} is neither a file, a directory nor a link")
+    if member.islnk() and (member.linkname.startswith("/") or ".." in member.linkname.split("/")):
+        raise Invalid(f"the archive's hard link {member.name[:200]!r} points outside")
+
+
+def _create(path: Path) -> IO[bytes]:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path.open("xb")
+
+
+def _move_into(archive: Path, path: Path) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.replace(archive, path)
+
+
+def _touch(path: Path) -> bool:
+    """Note that a file is used; whether it is there."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _storage_error(error: OSError) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageFull("the server's disk is full; the upload was not kept")
+    return error
+
+
+def _tend(root: Path, *, keep_seconds: int, team_bytes: int, in_use: set[tuple[str, str]]) -> int:
+    now = time.time()
+    removed = 0
+    for folder in root.iterdir() if root.is_dir() else ():
+        kept: list[tuple[float, int, Path]] = []
+        total = 0
+        for path in folder.iterdir():
+            try:
+                seen = path.stat()
+            except FileNotFoundError:
+                continue
+            age = now - seen.st_mtime
+            if path.name.endswith(_PARTIAL):
+                if age > _LEFT_BEHIND_SECONDS:
+                    path.unlink(missing_ok=True)
+                    removed += 1
+                continue
+            total += seen.st_size
+            if age > min(_FRESH_SECONDS, keep_seconds) and (folder.name, path.name.split(".")[0]) not in in_use:
+                kept.append((seen.st_mtime, seen.st_size, path))
+        for used_at, size, path in sorted(kept):
+            if now - used_at > keep_seconds or total > team_bytes:
+                path.unlink(missing_ok=True)
+                total -= size
+                removed += 1
+    return removed
