@@ -10,7 +10,7 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from emberbox.node.slots import Slots
 from emberbox.runtime.base import Slot
 from emberbox.settings import Settings
 from tests.support.container import needs_root
+from tests.support.networks import SMALL, Claim
 
 pytestmark = needs_root
 
@@ -122,13 +123,15 @@ def internet() -> Iterator[Internet]:
 @pytest.fixture
 def settings(internet: Internet) -> Iterator[Settings]:
     data = Path(tempfile.mkdtemp(prefix="eb-slots-"))
+    claim = Claim(SMALL)
     yield Settings(
         data_dir=data,
         instance_name="ebs" + secrets.token_hex(2),
-        slot_network=IPv4Network(f"198.19.{240 + secrets.randbelow(15)}.0/28"),
+        slot_network=claim.network,
         slots_ready=1,
         dns_upstreams=(internet.resolver,),
     )
+    claim.release()
     shutil.rmtree(data)
 
 

@@ -7,7 +7,6 @@ It is the container runtime's shape with nothing of the node around it. Needs ro
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import secrets
@@ -18,7 +17,8 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import BinaryIO
+
+from tests.support.networks import AGENTS, Claim
 
 AGENT = Path(__file__).parents[2] / "agent"
 PORT = 49983
@@ -101,7 +101,10 @@ class AgentMachine:
         tag = secrets.token_hex(3)
         self.netns = f"agt{tag}"
         self._veth = f"agt{tag}h"
-        self._host_ip, self.ip = _free_pair()
+        # Never given back: clients keep connections by address, and one to an earlier machine would be used for its
+        # successor.
+        self._claim = Claim(AGENTS)
+        self._host_ip, self.ip = (str(address) for address in self._claim.network)
         self.url = f"http://{self.ip}:{PORT}"
         self._dir = Path(tempfile.mkdtemp(prefix="agent-machine-"))
         self._log = self._dir.parent / f"{self._dir.name}.log"
@@ -188,32 +191,3 @@ class AgentMachine:
         assert self._process is not None
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
         return int(children[0])
-
-
-_claims: list[BinaryIO] = []
-"""Locked files, one for each pair of addresses that this process has had."""
-
-
-def _free_pair() -> tuple[str, str]:
-    """Two addresses, a /31 of TEST-NET-2's lower half (RFC 5737), which no instance routes.
-
-    Not of the other two documentation networks: they are the real network of some hosts, which a route of ours there
-    would cut off.
-
-    A pair is this process's until it ends: clients keep connections by address, and one to an earlier machine would
-    be used for its successor. Several test processes run side by side.
-    """
-    folder = Path(tempfile.gettempdir()) / "emberbox-test-agent-addresses"
-    folder.mkdir(exist_ok=True)
-    numbers = list(range(64))
-    secrets.SystemRandom().shuffle(numbers)
-    for number in numbers:
-        claim = (folder / str(number)).open("wb")
-        try:
-            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            claim.close()
-            continue
-        _claims.append(claim)
-        return f"198.51.100.{number * 2}", f"198.51.100.{number * 2 + 1}"
-    raise RuntimeError(f"all addresses for agent tests are taken, see {folder}")

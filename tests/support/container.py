@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from ipaddress import IPv4Network
 from pathlib import Path
 
 import httpx
@@ -33,6 +32,7 @@ from emberbox.runtime.base import Limits, MachineSpec, Slot
 from emberbox.runtime.container.machine import Container
 from emberbox.runtime.container.runtime import ContainerRuntime
 from emberbox.settings import Settings
+from tests.support.networks import WORLDS, Claim
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces, mounts and cgroups")
 
@@ -100,12 +100,11 @@ class World:
 
     def __init__(self) -> None:
         self.data = Path(tempfile.mkdtemp(prefix="eb-container-"))
-        # 198.18.0.0/15 is set aside for tests of networks (RFC 2544).
-        network = IPv4Network(f"198.19.{secrets.randbelow(240)}.0/24")
+        self._claim = Claim(WORLDS)
         self.settings = Settings(
             data_dir=self.data,
             instance_name="ebt" + secrets.token_hex(2),
-            slot_network=network,
+            slot_network=self._claim.network,
             slots_ready=0,
             inherit_host_network=True,
             id_range_start=1_200_000_000,
@@ -128,6 +127,7 @@ class World:
         await self.runtime.sweep(frozenset())
         await self.runtime.close()
         await self.slots.close()
+        self._claim.release()
         shutil.rmtree(self.data)
 
     async def machine(

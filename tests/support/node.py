@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from emberbox.images.base import build_base
 from emberbox.settings import Settings
 from emberbox.wire import node_pb2 as wire
 from emberbox.wire import node_pb2_grpc
+from tests.support.networks import NODES, Claim
 
 TOKEN = "token-of-the-tests"
 
@@ -76,12 +76,11 @@ class NodeProcess:
 
     def __init__(self, **changes: Any) -> None:
         self.data = Path(tempfile.mkdtemp(prefix="eb-node-"))
+        self._claim = Claim(NODES)
         self.settings = Settings(
             data_dir=self.data,
             instance_name="ebn" + secrets.token_hex(2),
-            # 198.18.0.0/15 is set aside for tests of networks (RFC 2544).
-            # Large enough for addresses to rest after each of many machines.
-            slot_network=IPv4Network(f"198.18.{4 * secrets.randbelow(60)}.0/22"),
+            slot_network=self._claim.network,
             runtime="container",
             inherit_host_network=True,
             id_range_start=1_400_000_000,
@@ -109,6 +108,7 @@ class NodeProcess:
             if machine.state != wire.MACHINE_STATE_ENDED:
                 await self.stub.Kill(wire.KillRequest(sandbox_id=machine.sandbox_id))
         await self.stop()
+        self._claim.release()
         shutil.rmtree(self.data)
 
     def spawn(self) -> subprocess.Popen[bytes]:

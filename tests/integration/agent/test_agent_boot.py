@@ -86,11 +86,14 @@ def test_the_clock_and_the_names_are_set_by_init(vm: AgentVM) -> None:
 
 def test_what_runs_is_frozen_and_goes_on(vm: AgentVM) -> None:
     _sh(vm, "(i=0; while :; do i=$((i+1)); echo $i > /dev/shm/count; sleep 0.05; done) > /dev/null 2>&1 &")
+    _sh(vm, "until [ -s /dev/shm/count ]; do sleep 0.05; done")
 
     status, answer = vm.control("POST", "/freeze?maxWaitMs=5000")
     frozen = json.loads(answer)
-    before, again = _count(vm), _count(vm)
-    thawed = vm.control("POST", "/unfreeze")
+    try:
+        before, again = _count(vm), _count(vm)
+    finally:
+        thawed = vm.control("POST", "/unfreeze")
 
     assert (status, frozen["requested"], frozen["frozen"], frozen["notFrozen"]) == (200, 2, 2, 0)
     assert before == again

@@ -21,6 +21,7 @@ from websockets.asyncio.server import serve as serve_websockets
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.support.edge import DOMAIN, EDGE_PORT, Exchange, headers_for, make_certificate
+from tests.support.networks import SMALL, Claim
 
 
 async def _tell_then_wait(exchange: Exchange) -> None:
@@ -345,8 +346,8 @@ def far_machine() -> Iterator[tuple[str, Callable[[], None]]]:
         pytest.skip("making a network namespace needs root")
     tag = uuid.uuid4().hex[:6]
     space, outside, inside = f"ebt-{tag}", f"ebt{tag}o", f"ebt{tag}i"
-    block = f"198.19.{int(tag[:2], 16)}"
-    last = int(tag[2:4], 16) // 4 * 4
+    claim = Claim(SMALL)
+    host, machine = claim.network[1], claim.network[2]
     server = """
 import socketserver
 class Handler(socketserver.StreamRequestHandler):
@@ -364,19 +365,20 @@ socketserver.ThreadingTCPServer(("0.0.0.0", 8080), Handler).serve_forever()
     process = None
     try:
         ip("link", "add", outside, "type", "veth", "peer", "name", inside, "netns", space)
-        ip("addr", "add", f"{block}.{last + 1}/30", "dev", outside)
+        ip("addr", "add", f"{host}/30", "dev", outside)
         ip("link", "set", outside, "up")
-        ip("-n", space, "addr", "add", f"{block}.{last + 2}/30", "dev", inside)
+        ip("-n", space, "addr", "add", f"{machine}/30", "dev", inside)
         ip("-n", space, "link", "set", inside, "up")
         process = subprocess.Popen(["ip", "netns", "exec", space, "python3", "-c", server])
         # The outer end stays up, so the host sends on and nobody answers.
-        yield f"{block}.{last + 2}", lambda: ip("-n", space, "link", "set", inside, "down")
+        yield str(machine), lambda: ip("-n", space, "link", "set", inside, "down")
     finally:
         if process is not None:
             process.kill()
             process.wait()
         subprocess.run(["ip", "link", "del", outside], check=False, capture_output=True)
         ip("netns", "del", space)
+        claim.release()
 
 
 @pytest.mark.root
