@@ -27,6 +27,8 @@ key_app = typer.Typer(help="API keys of the first team.", no_args_is_help=True)
 sandbox_app = typer.Typer(help="Sandboxes of the first team.", no_args_is_help=True)
 app.add_typer(key_app, name="key")
 app.add_typer(sandbox_app, name="sandbox")
+template_app = typer.Typer(help="Templates of the first team.", no_args_is_help=True)
+app.add_typer(template_app, name="template")
 skill_app = typer.Typer(help="The Agent Skill.", no_args_is_help=True)
 app.add_typer(skill_app, name="skill")
 
@@ -35,6 +37,7 @@ Data = Annotated[
     typer.Option("--data", metavar="DIR", help="Data directory [default: /var/lib/emberbox]", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Template = Annotated[str, typer.Argument(metavar="TEMPLATE", help="Name or ID.")]
 SandboxId = Annotated[str, typer.Argument(metavar="SANDBOX", help="Sandbox ID.")]
 
 
@@ -309,6 +312,60 @@ def sandbox_shell(
     from emberbox.cli import shell
 
     raise typer.Exit(shell.shell(settings_from(data_dir=data), sandbox_id, user=user))
+
+
+@template_app.command("list")
+def template_list(data: Data = None, as_json: Json = False) -> None:
+    """List templates, and those that ship with Emberbox."""
+    from emberbox.cli import templates
+
+    templates.list_templates(settings_from(data_dir=data), as_json=as_json)
+
+
+@template_app.command("show")
+def template_show(template: Template, data: Data = None, as_json: Json = False) -> None:
+    """Show a template with its tags and builds."""
+    from emberbox.cli import templates
+
+    templates.show_template(settings_from(data_dir=data), template, as_json=as_json)
+
+
+@template_app.command("build")
+def template_build(
+    template: Annotated[
+        str, typer.Argument(metavar="NAME", help="A template that ships with Emberbox, or with --image a new one.")
+    ],
+    image: Annotated[str | None, typer.Option(metavar="REF", help="Build from this image, e.g. debian:12.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Run every step again.")] = False,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Build a template and show its log. Your own, with files and steps: E2B's SDK or `e2b template create`."""
+    from emberbox.cli import templates
+
+    templates.build_template(settings_from(data_dir=data), template, image=image, force=force, as_json=as_json)
+
+
+@template_app.command("delete")
+def template_delete(
+    names: Annotated[list[str], typer.Argument(metavar="TEMPLATE...", help="Names or IDs.")], data: Data = None
+) -> None:
+    """Delete templates; sandboxes that run from them go on."""
+    from emberbox.cli import templates
+
+    templates.delete_templates(settings_from(data_dir=data), names)
+
+
+@template_app.command("publish")
+def template_publish(
+    template: Template,
+    private: Annotated[bool, typer.Option("--private", help="Take it back: for its own team alone.")] = False,
+    data: Data = None,
+) -> None:
+    """Let every team of this Emberbox use a template."""
+    from emberbox.cli import templates
+
+    templates.publish_template(settings_from(data_dir=data), template, public=not private)
 
 
 @skill_app.command("install")
