@@ -28,6 +28,7 @@ FEATURES = ROOT / "docs" / "compatibility.yml"
 CONTRACT = ROOT / "tests" / "unit" / "control" / "contract.json"
 CLIENTS = ("Python", "JavaScript", "CLI")
 NOT_BUILT = "answers 501"
+GONE = "answers 410, as at E2B"
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,20 @@ class Operation:
 def operations() -> list[Operation]:
     """Every operation of E2B's file or of ours, sorted by path."""
     contract = set(json.loads(CONTRACT.read_text()))
-    unbuilt = _unbuilt_handlers()
+    unbuilt = _handlers_that_raise("NotBuilt")
+    gone = _handlers_that_raise("Gone")
     document = application.create_app(Settings(data_dir=Path("/nonexistent"))).openapi()
     ours: dict[str, str] = {}
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
-            always = (method.upper(), path) in unbuilt
-            sometimes = "501" in operation["responses"] and not always
-            ours[f"{method.upper()} {path}"] = (
-                NOT_BUILT if always else "works, where the runtime can" if sometimes else "works"
-            )
+            name = (method.upper(), path)
+            if name in unbuilt:
+                state = NOT_BUILT
+            elif name in gone:
+                state = GONE
+            else:
+                state = "works, where the runtime can" if "501" in operation["responses"] else "works"
+            ours[" ".join(name)] = state
     found = []
     for name in sorted(contract | set(ours), key=lambda one: one.split()[::-1]):
         method, path = name.split()
@@ -60,15 +65,15 @@ def operations() -> list[Operation]:
     return found
 
 
-def _unbuilt_handlers() -> set[tuple[str, str]]:
-    """(method, path) of the handlers whose last statement is `raise NotBuilt(...)`."""
+def _handlers_that_raise(error: str) -> set[tuple[str, str]]:
+    """(method, path) of the handlers whose last statement raises `error`."""
     found = set()
     for router in application._ROUTERS:
         for route in router.routes:
             body = ast.parse(inspect.getsource(route.endpoint)).body[0]
             assert isinstance(body, (ast.FunctionDef, ast.AsyncFunctionDef))
             last = body.body[-1]
-            if isinstance(last, ast.Raise) and "NotBuilt" in ast.unparse(last):
+            if isinstance(last, ast.Raise) and f"{error}(" in ast.unparse(last):
                 found |= {(method, route.path) for method in route.methods}
     return found
 
@@ -102,7 +107,7 @@ def _exists(test: str) -> bool:
 def _client_of(test: str) -> str:
     if "/js/" in test:
         return "JavaScript"
-    return "CLI" if "test_cli.py" in test else "Python"
+    return "CLI" if "cli.py" in test else "Python"
 
 
 def render(page: str) -> str:

@@ -171,31 +171,36 @@ class Journal:
         self._build_id = build_id
         self._entries: list[BuildLogRecord] = []
         self._writing = asyncio.Lock()
+        self._stored = 0
+        """Entries written down or about to be. As many as the node counts, unless the node has lost some."""
         self.next = 0
-        """The position of the entry that is expected next."""
+        """The node's position of the entry that is expected next."""
 
     async def open(self) -> None:
         """Go on after what the store has."""
-        self.next = await rows.count_logs(self._plane.store, self._build_id)
+        self._stored = self.next = await rows.count_logs(self._plane.store, self._build_id)
 
     def add(self, entry: pb.BuildLog) -> None:
-        if entry.position < self.next or self.next > _LOG_ENTRIES:
+        if entry.position < self.next:
+            return
+        self.next = entry.position + 1
+        if self._stored > _LOG_ENTRIES:
             return
         message = entry.entry.message.replace("\0", "")[:_MESSAGE_CHARACTERS]
         level = entry.entry.level or "info"
-        if self.next == _LOG_ENTRIES:
+        if self._stored == _LOG_ENTRIES:
             message, level = f"the log has more than {_LOG_ENTRIES} entries; the rest is left out", "warn"
         self._entries.append(
             BuildLogRecord(
                 build_id=self._build_id,
-                position=self.next,
+                position=self._stored,
                 timestamp_ms=entry.entry.timestamp_unix_ms or now_ms(),
                 level=level,
                 message=message,
                 step=entry.step[:32],
             )
         )
-        self.next += 1
+        self._stored += 1
 
     async def flush(self) -> None:
         async with self._writing:
