@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from fastapi import Path, Query, Request
+from starlette.requests import ClientDisconnect
 
 from emberbox.api.auth import Control, Team
 from emberbox.api.errors import declared
@@ -31,7 +32,7 @@ from emberbox.api.template_models import (
     template_legacy,
 )
 from emberbox.control.accounts import check_team_id
-from emberbox.control.errors import Gone
+from emberbox.control.errors import Gone, Invalid
 from emberbox.control.templates import TemplateView
 
 router = Router(tags=["templates"])
@@ -81,14 +82,17 @@ async def upload(
 ) -> None:
     """Receive the files of a COPY step: a tar, compressed with gzip or not. The link authorises."""
     declared_length = request.headers.get("content-length", "")
-    await plane.uploads.receive(
-        teamID,
-        hash,
-        expires=expires,
-        signature=signature,
-        length=int(declared_length) if declared_length.isdigit() else None,
-        body=request.stream(),
-    )
+    try:
+        await plane.uploads.receive(
+            teamID,
+            hash,
+            expires=expires,
+            signature=signature,
+            length=int(declared_length) if declared_length.isdigit() else None,
+            body=request.stream(),
+        )
+    except ClientDisconnect:
+        raise Invalid("the client went away during the upload") from None
 
 
 @router.post(

@@ -200,6 +200,12 @@ class Templates:
         return (await rows.aliases_of(self._plane.store, [template_id])).get(template_id, [])
 
     async def set_public(self, template: TemplateRecord, public: bool) -> None:
+        """
+        Raises:
+            Forbidden: it comes with the installation and stays public.
+        """
+        if template.is_default and not public:
+            raise Forbidden("a template that comes with the installation is public")
         await rows.change(self._plane.store, template.id, {"public": public, "updated_at": now_ms()})
 
     async def delete(self, team: TeamRecord, text: str) -> None:

@@ -44,6 +44,10 @@ _UNPACKED_TIMES = 8
 """An archive may unpack to so many times the size limit of an upload; more is a bomb."""
 _MEMBERS = 1_000_000
 _PARTIAL = ".part"
+_IDLE_SECONDS = 120.0
+"""An upload of which nothing arrives for so long is given up."""
+_CHECKS_AT_ONCE = 2
+"""Archives that are read through at the same time; each takes a thread."""
 _LEFT_BEHIND_SECONDS = 2 * LINK_SECONDS
 _FRESH_SECONDS = LINK_SECONDS
 """An archive that was asked for lately is kept: a client that was told it is there starts its build soon."""
@@ -64,6 +68,8 @@ class Uploads:
         self._plane = plane
         self._root = plane.settings.api_dir / "files"
         self._limit = plane.settings.max_upload_mb * 1024 * 1024
+        self._idle_seconds = _IDLE_SECONDS * plane.settings.time_scale
+        self._checking = asyncio.Semaphore(_CHECKS_AT_ONCE)
 
     def folder(self, team_id: str) -> Path:
         """Where a team's archives lie."""
@@ -126,7 +132,8 @@ class Uploads:
             received = await self._write(partial, body, length)
             if received != length:
                 raise Invalid(f"the upload ended after {received} of {length} bytes; upload it again")
-            await asyncio.to_thread(check_archive, partial, self._limit * _UNPACKED_TIMES)
+            async with self._checking:
+                await asyncio.to_thread(check_archive, partial, self._limit * _UNPACKED_TIMES)
             await asyncio.to_thread(os.replace, partial, path)
         except OSError as error:
             raise _storage_error(error) from error
@@ -170,20 +177,29 @@ class Uploads:
         return self._plane.tokens.sign(_PURPOSE, f"{team_id}/{files_hash}/{expires}")
 
     async def _write(self, partial: Path, body: AsyncIterator[bytes], length: int) -> int:
-        """Write the body to disk as it comes, at most one byte more than `length`. Returns how much came."""
+        """Write the body to disk as it comes, up to `length`. Returns how much came, also when it is more.
+
+        Raises:
+            Invalid: nothing came for a long time.
+        """
+        clock = asyncio.get_running_loop().time
         file = await asyncio.to_thread(_create, partial)
         received = 0
         waiting = bytearray()
         try:
-            async for chunk in body:
-                received += len(chunk)
-                if received > length:
-                    break
-                waiting += chunk
-                if len(waiting) >= _CHUNK:
-                    await asyncio.to_thread(file.write, bytes(waiting))
-                    waiting.clear()
+            async with asyncio.timeout(self._idle_seconds) as patience:
+                async for chunk in body:
+                    received += len(chunk)
+                    if received > length:
+                        break
+                    waiting += chunk
+                    if len(waiting) >= _CHUNK:
+                        await asyncio.to_thread(file.write, bytes(waiting))
+                        waiting.clear()
+                    patience.reschedule(clock() + self._idle_seconds)
             await asyncio.to_thread(file.write, bytes(waiting))
+        except TimeoutError:
+            raise Invalid(f"nothing arrived for {self._idle_seconds:g} s; the upload was given up") from None
         finally:
             await asyncio.shield(asyncio.to_thread(file.close))
         return received

@@ -72,7 +72,9 @@ async def test_a_default_template_is_there_for_every_team_but_nobodys_to_delete(
         deleted = await stranger.delete("/templates/base")
         changed = await stranger.patch("/v2/templates/base", json={"public": False})
     by_owner = await world.client.delete("/templates/base")
+    hidden = await world.client.patch("/v2/templates/base", json={"public": False})
 
+    assert hidden.status_code == 403
     assert created.status_code == 201
     assert own == []
     assert (defaults[0]["spawnCount"], defaults[0]["buildCount"]) == (0, 0)
