@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from pathlib import Path
 
 import e2b
 import httpx
 import pytest
 from e2b import AsyncSandbox, Sandbox
 
-from emberbox.control.accounts import Accounts
-from emberbox.settings import Settings
-from emberbox.store.engine import Store
-from tests.clients.support.instance import Emberbox
 from tests.clients.support.raw import Api
+from tests.clients.support.teams import new_team
 from tests.clients.support.timing import seconds, whole_seconds
 
 MISSING = "i" + "0" * 19
@@ -289,7 +285,7 @@ def test_broken_uploads_are_a_bad_request_and_leave_no_file(sandbox, agent_of, h
 
 
 def test_keys_of_other_teams_see_nothing_of_this_one(local, sandbox):
-    other = Api(local, **{"X-API-KEY": asyncio.run(_key_of_a_new_team(local))})
+    other = Api(local, **{"X-API-KEY": asyncio.run(new_team(local)).key})
     sandbox_id = sandbox.sandbox_id
 
     answers = [
@@ -305,16 +301,3 @@ def test_keys_of_other_teams_see_nothing_of_this_one(local, sandbox):
     assert [answer.status_code for answer in answers] == [404] * len(answers)
     assert other.list_all() == []
     assert sandbox.is_running()
-
-
-async def _key_of_a_new_team(emberbox: Emberbox) -> str:
-    """Teams are made where the database is; there is no public operation for it."""
-    settings = Settings(data_dir=Path(emberbox.data_dir or ""))
-    store = Store(settings.store_url)
-    try:
-        accounts = Accounts(store, settings)
-        slug = f"other-{uuid.uuid4().hex[:8]}"
-        team = await accounts.add_team("Other", slug)
-        return (await accounts.add_credential("api_key", team, "test")).value
-    finally:
-        await store.close()
