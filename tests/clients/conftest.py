@@ -179,3 +179,32 @@ def own_emberbox(request: pytest.FixtureRequest) -> Iterator[Emberbox]:
     finally:
         # A test that failed half-way has not killed its sandboxes; one failure is told once.
         end_and_count(own, all_killed=False)
+
+
+@pytest.fixture(scope="session")
+def building() -> Iterator[Emberbox]:
+    """An Emberbox to build templates with: it gives a template little time to become ready."""
+    if GIVEN is not None:
+        yield GIVEN
+        return
+    own = instance.start(settings={"EMBERBOX_READY_SECONDS": str(whole_seconds(10))})
+    try:
+        yield own
+    finally:
+        # A test that failed half-way has not killed its sandboxes; one failure is told once.
+        end_and_count(own, all_killed=False)
+
+
+@pytest.fixture
+def builder(building: Emberbox) -> Iterator[Emberbox]:
+    """The clients talk to the Emberbox that builds."""
+    with _client_environment(building):
+        yield building
+
+
+@pytest.fixture
+def local_builder(builder: Emberbox) -> Emberbox:
+    """`builder`, when it runs on this host and was started by these tests."""
+    if builder.data_dir is None:
+        pytest.skip("needs an Emberbox on this host that the tests started; this one was given by E2B_API_URL")
+    return builder

@@ -89,9 +89,16 @@ class Templates:
     async def _resolve(self, team: TeamRecord, ref: TemplateRef) -> Source:
         template, alias, build = await self._find(team, ref)
         if build is None:
-            if ref.tag is None:
+            tags = {one.tag for one in await rows.tag_assignments(self._plane.store, template.id)}
+            if not tags:
                 raise Invalid(f"template {ref.name!r} has no ready build")
-            raise NotFound(f"template {ref.name!r} has no tag {ref.tag!r}")
+            others = f"it has {', '.join(sorted(tags)[:20])}"
+            if ref.tag is None:
+                raise Invalid(
+                    f"template {ref.name!r} has no build with the tag {DEFAULT_TAG!r}; {others}: "
+                    f"name one of them, such as '{ref.name}:{min(tags)}'"
+                )
+            raise NotFound(f"template {ref.name!r} has no tag {ref.tag!r}; {others}")
         if build.status != "ready":
             raise Invalid(f"template {str(ref)!r} has no ready build (its build is {build.status!r})")
         return Source(template, build, alias)

@@ -1,0 +1,158 @@
+"""Templates from the command line: E2B's own, and `emberbox template`."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+
+import pytest
+from e2b import Sandbox, Template
+
+from tests.clients.support import node
+from tests.clients.support.raw import Api
+from tests.clients.support.timing import seconds, whole_seconds
+
+pytestmark = [pytest.mark.timeout(seconds(400)), pytest.mark.xdist_group("builds")]
+
+
+@pytest.fixture
+def cli(builder, tmp_path):
+    """`cli("template", "list")` runs the installed `e2b` with a home of its own."""
+    node.install()
+    env = node.environment(builder, tmp_path)
+    return lambda *arguments, **options: node.run_cli(*arguments, env=env, **options)
+
+
+@pytest.fixture
+def name(builder):
+    chosen = f"c-{uuid.uuid4().hex[:12]}"
+    yield chosen
+    with Api(builder) as api:
+        api.delete(f"/templates/{chosen}")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    place = tmp_path / "project"
+    place.mkdir()
+    (place / "hello.txt").write_text("hello\n")
+    (place / "e2b.Dockerfile").write_text(
+        "FROM e2bdev/base\nCOPY hello.txt /hello.txt\nRUN wc -c < /hello.txt > /count\n"
+    )
+    return place
+
+
+def plain(text):
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def test_create_builds_a_dockerfile_with_sizes_and_commands(cli, name, folder):
+    done = cli(
+        "template", "create", name, "--path", str(folder), "--cpu-count", "1", "--memory-mb", "512",
+        "--cmd", "touch /tmp/up; sleep 1111", "--ready-cmd", "test -e /tmp/up", timeout=300,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    sandbox = Sandbox.create(name, timeout=whole_seconds(60))
+    output = sandbox.commands.run("cat /hello.txt /count; ls /tmp/up").stdout
+    info = sandbox.get_info()
+    sandbox.kill()
+    assert output == "hello\n6\n/tmp/up\n"
+    assert (info.cpu_count, info.memory_mb) == (1, 512)
+
+
+def test_a_dockerfile_that_fails_says_why(cli, name, folder):
+    (folder / "e2b.Dockerfile").write_text("FROM e2bdev/base\nRUN echo going wrong && exit 4\n")
+
+    done = cli("template", "create", name, "--path", str(folder), timeout=300)
+
+    assert done.returncode == 1
+    assert "going wrong" in plain(done.stdout + done.stderr)
+    assert "build failed" in plain(done.stdout + done.stderr)
+
+
+def test_a_bad_dockerfile_and_a_bad_name_are_refused(cli, name, folder):
+    (folder / "e2b.Dockerfile").write_text("RUN true\n")
+
+    no_from = cli("template", "create", name, "--path", str(folder))
+    bad_name = cli("template", "create", "not a name", "--path", str(folder))
+
+    assert no_from.returncode == bad_name.returncode == 1
+    assert "FROM" in no_from.stdout + no_from.stderr
+    assert "not valid" in plain(bad_name.stdout + bad_name.stderr)
+
+
+def test_list_publish_and_delete(cli, name):
+    Template.build(Template().from_template("base").run_cmd("true"), name)
+
+    def access():
+        done = cli("template", "list", "--format", "json")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout[done.stdout.index("[") :])
+        return [one["public"] for one in found if name in one["aliases"]]
+
+    private = access()
+    published = cli("template", "publish", "--yes", name)
+    public = access()
+    unpublished = cli("template", "unpublish", "--yes", name)
+    private_again = access()
+    table = cli("template", "list")
+    deleted = cli("template", "delete", "--yes", name)
+    gone = cli("template", "delete", "--yes", name)
+
+    assert (private, public, private_again) == ([False], [True], [False])
+    assert published.returncode == unpublished.returncode == deleted.returncode == 0, deleted.stderr
+    assert f"/{name}" in plain(published.stdout)
+    assert name in plain(table.stdout)
+    assert gone.returncode == 1
+    assert access() == []
+
+
+# ---- emberbox template
+
+
+def ours(builder, *arguments, timeout=60):
+    return builder.command("template", *arguments, "--data", builder.data_dir, timeout=seconds(timeout))
+
+
+def test_emberbox_lists_shows_publishes_and_deletes(local_builder, name):
+    Template.build(Template().from_template("base").run_cmd("true"), f"{name}:v1")
+
+    listed = ours(local_builder, "list")
+    as_json = ours(local_builder, "list", "--json")
+    shown = ours(local_builder, "show", name)
+    shown_json = json.loads(ours(local_builder, "show", name, "--json").stdout)
+    published = ours(local_builder, "publish", name)
+    private = ours(local_builder, "publish", name, "--private")
+    deleted = ours(local_builder, "delete", name)
+    again = ours(local_builder, "delete", name)
+
+    assert f"/{name}\tready\tprivate" in listed.stdout
+    assert "base\tready\tpublic" in listed.stdout
+    assert [one for one in json.loads(as_json.stdout) if name in one["aliases"]]
+    assert "v1" in shown.stdout
+    assert [tag["tag"] for tag in shown_json["tags"]] == ["v1"]
+    assert f"/{name}" in published.stderr
+    assert "private" in private.stderr
+    assert (deleted.returncode, again.returncode) == (0, 1)
+    assert "not found" in again.stderr
+
+
+def test_emberbox_builds_nothing_that_it_does_not_know(local_builder):
+    unknown = ours(local_builder, "build", "no-such-template")
+    base = ours(local_builder, "build", "base")
+
+    assert unknown.returncode == base.returncode == 1
+    assert "--image" in unknown.stderr
+    assert "docs/templates.md" in unknown.stderr
+    assert "emberbox up" in base.stderr
+
+
+def test_emberbox_tells_how_a_build_from_an_image_failed(local_builder, name):
+    done = ours(local_builder, "build", name, "--image", "127.0.0.1:1/nothing:here", "--json", timeout=200)
+
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 1
+    assert (last["status"], last["reason"]["step"]) == ("error", "base")
+    assert "the build failed at step base" in done.stderr
