@@ -126,6 +126,18 @@ class Settings(BaseSettings):
     """How long an uploaded archive is kept after its last use."""
     first_build_wait_seconds: float = Field(30.0, ge=0)
     """How long a create waits for a template that ships with Emberbox and is built on first use."""
+    ready_seconds: float = Field(120.0, gt=0)
+    """How long a template's ready command may take to succeed."""
+    build_cache_max_mb: int = Field(20480, ge=0)
+    """What steps left and images that no template stands on are kept up to this size; the least recently used go."""
+    registry_mirrors: dict[str, str] = {}
+    """Where to look for images first, by registry, as JSON: `{"docker.io": "mirror.example:5000"}`."""
+    insecure_registries: tuple[str, ...] = ()
+    """Registries that speak plain HTTP or have a certificate that no authority signed, as JSON: `["host:5000"]`."""
+    image_max_compressed_mb: int = Field(8192, ge=1)
+    """Largest image to pull, compressed."""
+    image_max_mb: int = Field(20480, ge=64)
+    """Largest image to pull, unpacked."""
     templates_dir: Path | None = None
     """The templates that ship with Emberbox. Empty: those of the package."""
 

@@ -1,7 +1,8 @@
-"""The store of layers: read-only EROFS images, named by the SHA-256 of their bytes.
+"""The store of layers: read-only images, named by the SHA-256 of their bytes.
 
 A layer is written beside the store and renamed into it when it is whole, so that what has a name is complete.
-Layers carry ordinary ids (0, 1000); a runtime shifts them when it mounts.
+Layers carry ordinary ids (0, 1000); a runtime shifts them when it mounts. They are EROFS images, but for disks that a
+guest's kernel has written: those stay ext4, and only guests mount them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from pathlib import Path
 
 from emberbox.commands import CommandFailed, run
 from emberbox.images.errors import ImageError
+from emberbox.linux import sparse
+from emberbox.threads import to_thread_whole
 
 SUFFIX = ".erofs"
+DISK_SUFFIX = ".ext4"
+_SUFFIXES = (SUFFIX, DISK_SUFFIX)
 _PACK_SECONDS = 1800.0
 _UUID = "00000000-0000-0000-0000-000000000000"
 """A random one would give equal content another digest."""
@@ -35,27 +40,29 @@ class Layer:
 
 
 class LayerStore:
-    """Layers in one folder, as `<digest>.erofs`."""
+    """Layers in one folder, as `<digest>.erofs` or `<digest>.ext4`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def path(self, digest: str) -> Path | None:
         """Where a layer is; None when it is not here."""
-        path = self.directory / f"{digest}{SUFFIX}"
-        return path if path.is_file() else None
+        for suffix in _SUFFIXES:
+            path = self.directory / f"{digest}{suffix}"
+            if path.is_file():
+                return path
+        return None
 
     def digests(self) -> list[str]:
         """Every layer here."""
-        return sorted(path.name.removesuffix(SUFFIX) for path in self.directory.glob(f"*{SUFFIX}"))
+        return sorted(path.stem for suffix in _SUFFIXES for path in self.directory.glob(f"*{suffix}"))
 
     def remove(self, digest: str) -> bool:
         """Delete a layer; False when it is not here. Machines that have it mounted keep it until they end."""
-        path = self.directory / f"{digest}{SUFFIX}"
-        try:
-            path.unlink()
-        except FileNotFoundError:
+        path = self.path(digest)
+        if path is None:
             return False
+        path.unlink(missing_ok=True)
         return True
 
     async def pack(self, root: Path) -> Layer:
@@ -81,6 +88,12 @@ class LayerStore:
             await asyncio.to_thread(link_or_copy, source, draft)
             return await asyncio.to_thread(self._keep, draft)
 
+    async def take_disk(self, source: Path) -> Layer:
+        """Make a layer of the disk that a guest's kernel has written, as it is: a copy of its own, holes kept."""
+        async with self._draft() as draft:
+            await to_thread_whole(sparse.clone, source, draft)
+            return await asyncio.to_thread(self._keep_disk, draft)
+
     @contextlib.asynccontextmanager
     async def _draft(self) -> AsyncIterator[Path]:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -88,8 +101,15 @@ class LayerStore:
             yield Path(folder) / "layer"
 
     def _keep(self, draft: Path) -> Layer:
-        digest = file_digest(draft)
-        target = self.directory / f"{digest}{SUFFIX}"
+        return self._place(draft, file_digest(draft), SUFFIX)
+
+    def _keep_disk(self, draft: Path) -> Layer:
+        sparse.dig_holes(draft)
+        layer = self._place(draft, sparse.digest(draft), DISK_SUFFIX)
+        return Layer(layer.digest, layer.path, sparse.allocated(layer.path))
+
+    def _place(self, draft: Path, digest: str, suffix: str) -> Layer:
+        target = self.directory / f"{digest}{suffix}"
         if not target.exists():
             descriptor = os.open(draft, os.O_RDONLY)
             try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import zlib
 from collections.abc import Iterator
@@ -73,6 +74,24 @@ def checksum(path: Path) -> str:
                 position += len(block)
         size = os.fstat(descriptor).st_size
     return f"crc32:{size}:{value:08x}"
+
+
+def digest(path: Path) -> str:
+    """Return the hex SHA-256 of the file's size and of every range that is not a hole, with its offset."""
+    total = hashlib.sha256()
+    with path.open("rb") as reader:
+        descriptor = reader.fileno()
+        total.update(b"%d" % os.fstat(descriptor).st_size)
+        for offset, length in _ranges(descriptor):
+            total.update(b"\n%d+%d\n" % (offset, length))
+            position = offset
+            while position < offset + length:
+                block = os.pread(descriptor, min(_CHUNK, offset + length - position), position)
+                if not block:
+                    break
+                total.update(block)
+                position += len(block)
+    return total.hexdigest()
 
 
 def allocated(path: Path) -> int:

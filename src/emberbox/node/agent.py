@@ -1,19 +1,21 @@
 """The node's client of emberd, the agent inside a machine.
 
 A lean HTTP/1.1 client: one connection a request, because making one over the slot's own link costs less than keeping
-a thousand idle. Here live the control routes (`/health`, `/init`, `/logs`, `/fsfreeze`) and the two uses of the process
-service that a node has: starting a template's command and asking its ready command.
+a thousand idle. Here live the control routes (`/health`, `/init`, `/logs`, `/fsfreeze`) and what a node uses of the
+rest: a template's start and ready commands, and the commands and files of a build.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import json
+import os
 import socket
 import struct
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from ipaddress import IPv4Address
@@ -31,6 +33,7 @@ _CONNECT_SECONDS = 0.1
 """For one attempt while waiting for the agent: the kernel repeats a SYN that was dropped after a whole second."""
 _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.001, 0.02
 _READ_BYTES = 64 * 1024
+_UPLOAD_BYTES = 1024 * 1024
 _END_OF_STREAM = 0x02
 
 
@@ -43,6 +46,23 @@ class AgentLog:
     level: str
     message: str
     fields: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessOutput:
+    """Bytes that a command wrote; `stream` is stdout or stderr."""
+
+    stream: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEnd:
+    """How a command ended. `exit_code` counts when it `exited` by itself."""
+
+    exit_code: int
+    exited: bool
+    status: str
 
 
 @dataclass(slots=True)
@@ -125,6 +145,69 @@ class Agent:
             return -1
         raise AgentFailure(f"the agent did not tell how the command {command!r} ended")
 
+    async def stream(
+        self,
+        argv: Sequence[str],
+        *,
+        user: str,
+        workdir: str = "",
+        env: dict[str, str] | None = None,
+        timeout: float,
+        tag: str = "",
+    ) -> AsyncGenerator[ProcessOutput | ProcessEnd, None]:
+        """Run a program to its end and yield what it writes as it comes; the last is its end.
+
+        The agent kills it after `timeout` seconds.
+        """
+        limit = {"Connect-Timeout-Ms": str(max(1, int(timeout * 1000)))}
+        events = self._start_program(argv, user=user, workdir=workdir, env=env, token="", tag=tag, headers=limit)
+        async with aclosing(events):
+            async for event in events:
+                for name in ("stdout", "stderr"):
+                    if encoded := event.get("data", {}).get(name):
+                        yield ProcessOutput(name, base64.b64decode(encoded))
+                if "end" in event:
+                    end = event["end"]
+                    yield ProcessEnd(int(end.get("exitCode", 0)), bool(end.get("exited")), str(end.get("status", "")))
+                    return
+
+    async def upload(self, source: int, size: int, path: str) -> None:
+        """Write a file of root's inside, from the open file `source` of this host; the caller bounds the time."""
+        target = f"/files?{urlencode({'path': path, 'username': 'root'})}"
+        headers = {
+            CONTROL_HEADER: self._secret,
+            "Content-Type": "application/octet-stream",
+            "Content-Length": str(size),
+        }
+        reader = _Reader()
+        said = bytearray()
+        try:
+            connection = await self._connect(2 * self._scale)
+            try:
+                await self._send_head(connection, "POST", target, headers)
+                await self._send_file(connection, source, size)
+                async for part in self._parts(connection, reader):
+                    said += part
+            finally:
+                connection.close()
+        except (OSError, TimeoutError, httptools.HttpParserError) as error:
+            raise AgentFailure(f"the agent broke off an upload: {error or 'no connection'}") from error
+        if reader.status != 200:
+            text = said.decode(errors="replace").strip()[:300]
+            raise AgentFailure(f"the agent answered {reader.status} to an upload: {text}")
+
+    @staticmethod
+    async def _send_file(connection: socket.socket, source: int, size: int) -> None:
+        loop = asyncio.get_running_loop()
+        sent = 0
+        while sent < size:
+            data = await asyncio.to_thread(os.pread, source, _UPLOAD_BYTES, sent)
+            if not data:
+                raise OSError(errno.EIO, "the file became shorter while it was sent")
+            data = data[: size - sent]
+            await loop.sock_sendall(connection, data)
+            sent += len(data)
+
     # ---- HTTP
 
     async def _control(
@@ -178,9 +261,28 @@ class Agent:
         tag: str = "",
         headers: dict[str, str] | None = None,
     ) -> AsyncIterator[dict[str, Any]]:
+        """Run a shell command as a login shell does."""
+        argv = ("/bin/bash", "-l", "-c", command)
+        events = self._start_program(argv, user=user, workdir=workdir, token=token, tag=tag, headers=headers)
+        async with aclosing(events):
+            async for event in events:
+                yield event
+
+    async def _start_program(
+        self,
+        argv: Sequence[str],
+        *,
+        user: str,
+        workdir: str,
+        token: str,
+        env: dict[str, str] | None = None,
+        tag: str = "",
+        headers: dict[str, str] | None = None,
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """Call process.Process/Start (Connect protocol, JSON) and yield its events."""
+        command = argv[-1]
         request: dict[str, Any] = {
-            "process": {"cmd": "/bin/bash", "args": ["-l", "-c", command], "envs": {}},
+            "process": {"cmd": argv[0], "args": list(argv[1:]), "envs": env or {}},
             "stdin": False,
         }
         if workdir:
@@ -242,12 +344,17 @@ class Agent:
     async def _send(
         self, connection: socket.socket, method: str, target: str, body: bytes | None, headers: dict[str, str]
     ) -> None:
+        if body is not None or method == "POST":
+            headers = {**headers, "Content-Length": str(len(body or b""))}
+        await self._send_head(connection, method, target, headers, body or b"")
+
+    async def _send_head(
+        self, connection: socket.socket, method: str, target: str, headers: dict[str, str], body: bytes = b""
+    ) -> None:
         lines = [f"{method} {target} HTTP/1.1", f"Host: {self._address}:{self._port}", "Connection: close"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        if body is not None or method == "POST":
-            lines.append(f"Content-Length: {len(body or b'')}")
         head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-        await asyncio.get_running_loop().sock_sendall(connection, head + (body or b""))
+        await asyncio.get_running_loop().sock_sendall(connection, head + body)
 
     async def _parts(self, connection: socket.socket, reader: _Reader) -> AsyncIterator[bytes]:
         loop = asyncio.get_running_loop()

@@ -29,7 +29,6 @@ log = structlog.get_logger("emberbox.node")
 
 _START_SECONDS = 30.0
 _DESTROY_SECONDS = 30.0
-_READY_SECONDS = 120.0
 _READY_FIRST_POLL, _READY_LAST_POLL = 0.02, 0.5
 
 
@@ -79,7 +78,14 @@ class Hosting:
     """Starts and ends machines in `directory` (`machines/` and `uppers/` below it)."""
 
     def __init__(
-        self, runtime: Runtime, slots: SlotSource, disks: DiskSource, directory: Path, *, time_scale: float = 1.0
+        self,
+        runtime: Runtime,
+        slots: SlotSource,
+        disks: DiskSource,
+        directory: Path,
+        *,
+        time_scale: float = 1.0,
+        ready_seconds: float = 120.0,
     ) -> None:
         self.runtime = runtime
         self.slots = slots
@@ -87,6 +93,7 @@ class Hosting:
         self.machines_dir = directory / "machines"
         self.uppers_dir = directory / "uppers"
         self.time_scale = time_scale
+        self._ready_seconds = ready_seconds
         self._remembers = runtime.capabilities.memory_snapshots
         self._stuck: dict[str, tuple[Hosted, bool]] = {}
 
@@ -188,14 +195,14 @@ class Hosting:
         """Run the template's start command and return when its ready command succeeds.
 
         Raises:
-            AgentFailure: a command could not be run, or ready did not come within two minutes.
+            AgentFailure: a command could not be run, or ready did not come in time.
         """
         user, workdir = image.default_user or "user", image.default_workdir
         if image.start_command:
             await hosted.agent.start_command(image.start_command, user=user, workdir=workdir, token=token, tag="start")
         if not image.ready_command:
             return
-        limit = _READY_SECONDS * self.time_scale
+        limit = self._ready_seconds * self.time_scale
         pause = _READY_FIRST_POLL
         try:
             async with asyncio.timeout(limit):

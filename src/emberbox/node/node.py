@@ -51,7 +51,14 @@ class Node:
         self._tasks = Tasks()
         self.events = Events()
         self.logs = SandboxLogs(self.directory / "logs", keep_seconds=settings.logs_keep_seconds)
-        self.hosting = Hosting(runtime, slots, disks, self.directory, time_scale=settings.time_scale)
+        self.hosting = Hosting(
+            runtime,
+            slots,
+            disks,
+            self.directory,
+            time_scale=settings.time_scale,
+            ready_seconds=settings.ready_seconds,
+        )
         self.preparing = Preparing(
             self.hosting, self.directory / "memories", starts_at_once=max(4, 2 * (os.cpu_count() or 1))
         )
@@ -79,7 +86,7 @@ class Node:
         self.metrics = Metrics(self.machines, self.events, self.logs)
         self.builds = Builds(
             settings,
-            self.directory / "layers",
+            self.hosting,
             self.preparing,
             self._layers_used,
             ready=self.pool.expect,
@@ -114,6 +121,7 @@ class Node:
         removed += await sweep_files(self.machines, adopted)
         removed += await asyncio.to_thread(self.snapshots.sweep)
         removed += await asyncio.to_thread(self.preparing.sweep)
+        removed += await asyncio.to_thread(self.builds.sweep)
         return removed
 
     def require_ready(self) -> None:
@@ -161,6 +169,7 @@ class Node:
         self._ready = False
         self.events.close()
         await self._tasks.close()
+        await self.builds.close()
         await self.machines.close()
         await self.preparing.close()
         await self.pool.close()

@@ -15,6 +15,7 @@ import structlog
 import emberbox
 from emberbox.node import translate
 from emberbox.node.admission import check_new
+from emberbox.node.building.model import BuildEvent
 from emberbox.node.errors import (
     AlreadyHere,
     BadValue,
@@ -259,19 +260,34 @@ class NodeService(node_pb2_grpc.NodeServicer):
     # ---- builds
 
     async def Build(self, request: wire.BuildRequest, context: Context) -> AsyncIterator[wire.BuildEvent]:
+        def begin() -> AsyncIterator[BuildEvent]:
+            self.node.builds.start(translate.new_build(request))
+            return self.node.builds.follow(request.build_id)
+
+        async for event in self._build_events("Build", begin, context):
+            yield event
+
+    async def FollowBuild(self, request: wire.FollowBuildRequest, context: Context) -> AsyncIterator[wire.BuildEvent]:
+        def begin() -> AsyncIterator[BuildEvent]:
+            return self.node.builds.follow(request.build_id, request.from_position)
+
+        async for event in self._build_events("FollowBuild", begin, context):
+            yield event
+
+    async def _build_events(
+        self, call: str, begin: Callable[[], AsyncIterator[BuildEvent]], context: Context
+    ) -> AsyncIterator[wire.BuildEvent]:
         try:
             self.node.require_ready()
-            new = translate.new_build(request)
-        except NodeError as error:
-            await _refuse(context, "Build", error)
-        events = self.node.builds.run(new)
-        try:
-            async for event in events:
+            async for event in begin():
                 yield translate.build_event(event, AGENT_VERSION)
         except NodeError as error:
-            await _refuse(context, "Build", error)
-        finally:
-            await events.aclose()  # type: ignore[attr-defined]
+            await _refuse(context, call, error)
+
+    @_answers
+    async def CancelBuild(self, request: wire.CancelBuildRequest, context: Context) -> wire.CancelBuildResponse:
+        await self.node.builds.cancel(request.build_id)
+        return wire.CancelBuildResponse()
 
     @_answers
     async def DeleteBuild(self, request: wire.DeleteBuildRequest, context: Context) -> wire.DeleteBuildResponse:

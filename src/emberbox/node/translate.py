@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from emberbox.node import builds
+from emberbox.images.credentials import Credentials
+from emberbox.node.building import model as building
+from emberbox.node.building.plan import read_steps
 from emberbox.node.errors import BadValue, Unsupported
 from emberbox.node.events import Event, Sample
 from emberbox.node.logs import LogEntry
@@ -99,19 +101,38 @@ def limits(cpu_count: int, memory_mb: int, disk_size_mb: int) -> Limits:
     return Limits(cpu_count=cpu_count, memory_mb=memory_mb, disk_size_mb=disk_size_mb)
 
 
-def new_build(message: wire.BuildRequest) -> builds.NewBuild:
+def new_build(message: wire.BuildRequest) -> building.NewBuild:
+    """
+    Raises:
+        BadValue: a step or a limit cannot be used.
+    """
     source = message.WhichOneof("source")
-    return builds.NewBuild(
+    return building.NewBuild(
         build_id=message.build_id,
         template_id=message.template_id,
+        team_id=message.team_id,
         recipe=message.recipe,
         from_image=message.from_image,
         from_build=image(message.from_build) if source == "from_build" else None,
-        steps=len(message.steps),
+        credentials=_credentials(message.credentials) if message.HasField("credentials") else None,
+        steps=read_steps((step.type, step.args, step.files_hash, step.force) for step in message.steps),
+        files_dir=message.files_dir,
         start_command=message.start_command,
         ready_command=message.ready_command,
         limits=limits(message.cpu_count, message.memory_mb, message.disk_size_mb),
         force=message.force,
+    )
+
+
+def _credentials(message: wire.RegistryCredentials) -> Credentials:
+    return Credentials(
+        kind=message.kind,
+        username=message.username,
+        password=message.password,
+        aws_access_key_id=message.aws_access_key_id,
+        aws_secret_access_key=message.aws_secret_access_key,
+        aws_region=message.aws_region,
+        gcp_service_account_json=message.gcp_service_account_json,
     )
 
 
@@ -158,13 +179,16 @@ def log_entry(value: LogEntry) -> wire.LogEntry:
     )
 
 
-def build_event(value: builds.BuildEvent, agent_version: str) -> wire.BuildEvent:
+def build_event(value: building.BuildEvent, agent_version: str) -> wire.BuildEvent:
     match value:
-        case builds.Progress():
+        case building.LogLine():
+            entry = wire.LogEntry(timestamp_unix_ms=value.timestamp_ms, level=value.level, message=value.message)
+            return wire.BuildEvent(log=wire.BuildLog(entry=entry, step=value.step, position=value.position))
+        case building.Progress():
             return wire.BuildEvent(progress=wire.BuildProgress(stage=value.stage, fraction=value.fraction))
-        case builds.Failed():
+        case building.Failed():
             return wire.BuildEvent(failed=wire.BuildFailed(message=value.message, step=value.step))
-        case builds.Done():
+        case building.Done():
             made = value.image
             return wire.BuildEvent(
                 done=wire.BuildDone(

@@ -1,0 +1,114 @@
+"""What a build tells: its log, how far it is, how it ended. Kept so that it can be followed from any position."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+
+from emberbox.node.building.model import BASE_STEP, BuildEvent, LogLine, Outcome, Progress
+from emberbox.node.errors import NodeBusy
+from emberbox.node.model import now_ms
+
+_KEPT_BYTES = 32 * 1024 * 1024
+_LINE_CHARACTERS = 8192
+_BATCH = 500
+
+
+class Journal:
+    """The events of one build. The oldest log lines go first when it becomes too large."""
+
+    def __init__(self, *, kept_bytes: int = _KEPT_BYTES) -> None:
+        self._kept_bytes = kept_bytes
+        self._bytes = 0
+        self._lines: deque[LogLine] = deque()
+        self._progress: Progress | None = None
+        self._changed = asyncio.Event()
+        self._closed = False
+        self.outcome: Outcome | None = None
+        self.step = BASE_STEP
+        """Where the build is."""
+        self.next = 0
+        """Position of the next log line."""
+
+    def log(self, message: str, level: str = "info") -> None:
+        """Add a line of the step that the build is at; a very long one is cut."""
+        if len(message) > _LINE_CHARACTERS:
+            message = message[:_LINE_CHARACTERS] + "..."
+        self._lines.append(LogLine(self.next, now_ms(), level, message, self.step))
+        self.next += 1
+        self._bytes += len(message)
+        while self._bytes > self._kept_bytes and len(self._lines) > 1:
+            self._bytes -= len(self._lines.popleft().message)
+        self._wake()
+
+    def progress(self, stage: str, fraction: float) -> None:
+        self._progress = Progress(stage, fraction)
+        self._wake()
+
+    def end(self, outcome: Outcome) -> None:
+        """Say how the build ended. The first word counts."""
+        if self.outcome is None:
+            self.outcome = outcome
+            self._wake()
+
+    def close(self) -> None:
+        """The node stops: followers are told to come again."""
+        self._closed = True
+        self._wake()
+
+    async def follow(self, position: int = 0) -> AsyncIterator[BuildEvent]:
+        """Yield log lines from `position` on and the progress as it changes; the last event is the outcome.
+
+        Raises:
+            NodeBusy: the node stops before the build has ended.
+        """
+        told: Progress | None = None
+        while True:
+            changed = self._changed
+            batch = self._after(position)
+            for line in batch:
+                position = line.position + 1
+                yield line
+            if len(batch) == _BATCH:
+                continue
+            if self._progress is not None and self._progress is not told:
+                told = self._progress
+                yield told
+            if self.outcome is not None and position >= self.next:
+                yield self.outcome
+                return
+            if self._closed:
+                raise NodeBusy("the node stops; follow the build again in a moment")
+            if changed is self._changed:
+                await changed.wait()
+
+    def _after(self, position: int) -> list[LogLine]:
+        if not self._lines or position >= self.next:
+            return []
+        start = max(0, position - self._lines[0].position)
+        return [self._lines[i] for i in range(start, min(start + _BATCH, len(self._lines)))]
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+class LineCutter:
+    """Cuts a command's output into lines: at line feeds, and at the carriage returns of progress bars."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[str]:
+        """The lines that are whole now."""
+        *lines, self._rest = (self._rest + data).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        if len(self._rest) > _LINE_CHARACTERS:
+            lines.append(self._rest)
+            self._rest = b""
+        return [text for line in lines if (text := line.decode(errors="replace").rstrip())]
+
+    def rest(self) -> list[str]:
+        """What came after the last line feed."""
+        text, self._rest = self._rest.decode(errors="replace").rstrip(), b""
+        return [text] if text else []
