@@ -6,14 +6,26 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from sqlalchemy import update
 
 from emberbox.store.engine import Store
 from emberbox.store.migrate import HEAD, migrate, revision
+from emberbox.store.tables import template_builds
 from tests.integration.control.test_accounts import (  # noqa: F401
     test_a_body_that_is_not_what_it_should_be_is_400,
     test_a_key_is_shown_once_masked_afterwards_and_gone_when_deleted,
     test_use_of_a_key_is_recorded,
     test_what_is_not_there_is_404_in_the_error_shape,
+)
+from tests.integration.control.test_builds import (  # noqa: F401
+    ended,
+    register,
+    start,
+    test_a_build_is_started_once,
+    test_a_failed_build_says_where_and_leaves_the_ready_one_in_use,
+    test_deleting_a_template_ends_its_builds_and_leaves_its_sandboxes,
+    test_one_name_registered_many_times_at_once_is_one_template,
+    test_the_log_pages_exactly,
 )
 from tests.integration.control.test_lifecycle import (  # noqa: F401
     test_a_sandbox_is_killed_in_the_middle_of_anything,
@@ -30,7 +42,7 @@ from tests.integration.control.test_templates import (  # noqa: F401
     test_named_snapshots_are_found_paged_and_deleted_one_by_one,
     test_tags_mean_the_build_they_were_assigned_to_last,
 )
-from tests.support.control import World, serving_world
+from tests.support.control import World, eventually, made_world, serving_world
 from tests.support.postgres import Cluster, cluster, missing
 
 if reason := missing():
@@ -58,3 +70,25 @@ async def test_two_processes_may_migrate_at_once(postgresql: Cluster) -> None:
     finally:
         for store in stores:
             await store.close()
+
+
+async def test_a_build_is_taken_over_when_its_process_has_been_silent(postgresql: Cluster) -> None:
+    async with made_world(database_url=postgresql.new_database()) as world:
+        async with world.serving():
+            await world.ready()
+            world.node.build_hold = asyncio.Event()
+            made = await register(world)
+            await start(world, made)
+            await eventually(lambda: made["buildID"] in world.node.journals)
+        async with world.serving():
+            await world.ready()
+            await world.control.builds.tend()
+            while_fresh = [name for name, _ in world.node.calls if name == "FollowBuild"]
+            async with world.control.store.write() as connection:
+                await connection.execute(update(template_builds).values(updated_at=0))
+            await world.control.builds.tend()
+            world.node.build_hold.set()
+            told = await ended(world, made)
+
+        assert while_fresh == []
+        assert told["status"] == "ready"
