@@ -15,7 +15,15 @@ from common import ROOT, Row, details, machine, number
 HERE = Path(__file__).parent
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-SCRIPTS = (["tti.py"], ["tti.py", "--cold"], ["exec.py"], ["files.py"], ["density.py"], ["edge.py"])
+SCRIPTS = (
+    ["tti.py"],
+    ["tti.py", "--cold"],
+    ["exec.py"],
+    ["files.py"],
+    ["density.py"],
+    ["edge.py"],
+    ["template.py"],
+)
 
 
 def run(script: list[str]) -> dict[str, Any] | None:
