@@ -183,11 +183,16 @@ def own_emberbox(request: pytest.FixtureRequest) -> Iterator[Emberbox]:
 
 @pytest.fixture(scope="session")
 def building() -> Iterator[Emberbox]:
-    """An Emberbox to build templates with: it gives a template little time to become ready."""
+    """An Emberbox to build templates with: a template has little time to become ready, and a small one is shipped."""
     if GIVEN is not None:
         yield GIVEN
         return
-    own = instance.start(settings={"EMBERBOX_READY_SECONDS": str(whole_seconds(10))})
+    own = instance.start(
+        settings={
+            "EMBERBOX_READY_SECONDS": str(whole_seconds(10)),
+            "EMBERBOX_TEMPLATES_DIR": str(HERE / "shipped"),
+        }
+    )
     try:
         yield own
     finally:

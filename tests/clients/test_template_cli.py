@@ -156,3 +156,21 @@ def test_emberbox_tells_how_a_build_from_an_image_failed(local_builder, name):
     assert done.returncode == 1
     assert (last["status"], last["reason"]["step"]) == ("error", "base")
     assert "the build failed at step base" in done.stderr
+
+
+def test_a_shipped_template_is_built_with_its_log_and_then_started(local_builder):
+    before = ours(local_builder, "list")
+    built = ours(local_builder, "build", "hello", timeout=300)
+    again = ours(local_builder, "build", "hello", "--json", timeout=300)
+
+    entries = [json.loads(line) for line in again.stdout.splitlines()]
+    sandbox = Sandbox.create("hello", timeout=whole_seconds(60))
+    answer = sandbox.commands.run("curl -s localhost:8000").stdout
+    sandbox.kill()
+    assert "hello\tbuilt on first use" in before.stdout
+    assert built.returncode == 0, built.stderr
+    assert "3 | preparing" in built.stderr
+    assert "template hello is ready" in built.stdout
+    assert entries[-1]["status"] == "ready"
+    assert all({"timestamp", "level", "message"} <= set(entry) for entry in entries[:-1])
+    assert answer == "hello\n"
