@@ -21,7 +21,7 @@ base_packages=(
   ca-certificates runc haproxy nftables iproute2 kmod procps
   e2fsprogs erofs-utils util-linux mmdebstrap debian-archive-keyring skopeo umoci lz4
 )
-test_packages=(postgresql wrk git)
+test_packages=(postgresql wrk git docker-registry apache2-utils)
 lab_packages=(qemu-system-x86 openssh-client git)
 
 missing_packages() {
@@ -44,7 +44,7 @@ supported_system() {
 apt_install() {
   [ "$(id -u)" = 0 ] || die "these packages are missing, and installing them needs root: $* (run this again as root)"
   local made_policy=
-  # haproxy and postgresql would start a service of their own; Emberbox starts what it needs by itself.
+  # haproxy, postgresql and docker-registry would start a service of their own; Emberbox starts what it needs by itself.
   if [ ! -e /usr/sbin/policy-rc.d ]; then
     printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
     chmod 755 /usr/sbin/policy-rc.d
@@ -59,7 +59,7 @@ apt_install() {
   [ -z "$made_policy" ] || rm -f /usr/sbin/policy-rc.d
   [ -z "$failed" ] || die "apt-get could not install: $* (its messages are above)"
   local service
-  for service in haproxy postgresql; do
+  for service in haproxy postgresql docker-registry; do
     case " $* " in
       *" $service "*)
         if [ -d /run/systemd/system ]; then

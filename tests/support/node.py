@@ -124,6 +124,13 @@ class NodeProcess:
             "EMBERBOX_SLOTS_READY": str(self.settings.slots_ready),
             "EMBERBOX_WARM_MIN": str(self.settings.warm_min),
             "EMBERBOX_WARM_MAX": str(self.settings.warm_max),
+            "EMBERBOX_INSECURE_REGISTRIES": json.dumps(self.settings.insecure_registries),
+            "EMBERBOX_REGISTRY_MIRRORS": json.dumps(self.settings.registry_mirrors),
+            "EMBERBOX_IMAGE_MAX_MB": str(self.settings.image_max_mb),
+            "EMBERBOX_IMAGE_MAX_COMPRESSED_MB": str(self.settings.image_max_compressed_mb),
+            "EMBERBOX_BUILD_CACHE_MAX_MB": str(self.settings.build_cache_max_mb),
+            "EMBERBOX_BUILD_SECONDS": str(self.settings.build_seconds),
+            "EMBERBOX_READY_SECONDS": str(self.settings.ready_seconds),
             "EMBERBOX_LOG_FORMAT": "json",
             "EMBERBOX_LOG_LEVEL": "debug",
         }
