@@ -7,6 +7,7 @@ runs; without them one is started for the run, ended after it, and counted: noth
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from tests.clients.support.instance import Emberbox
 from tests.clients.support.raw import Agent, Api
 from tests.clients.support.shared import SharedEmberbox
 from tests.clients.support.timing import seconds, whole_seconds
+from tests.support import registry
+from tests.support.registry import LocalRegistry
 
 HERE = Path(__file__).parent
 GIVEN = instance.from_environment()
@@ -182,7 +185,25 @@ def own_emberbox(request: pytest.FixtureRequest) -> Iterator[Emberbox]:
 
 
 @pytest.fixture(scope="session")
-def building() -> Iterator[Emberbox]:
+def registries() -> Iterator[tuple[LocalRegistry, ...]]:
+    """A registry for everybody and one that asks for a password; none where they cannot run."""
+    if registry.missing():
+        yield ()
+        return
+    with registry.local_registry() as everybodys, registry.local_registry(user="me", password="s3cret") as private:
+        yield everybodys, private
+
+
+@pytest.fixture
+def local_registries(local_builder: Emberbox, registries: tuple[LocalRegistry, ...]) -> tuple[LocalRegistry, ...]:
+    """`registries`, whose images the Emberbox of `builder` may fetch."""
+    if not registries:
+        pytest.skip(f"needs {registry.missing()}; `make install-dev` installs it")
+    return registries
+
+
+@pytest.fixture(scope="session")
+def building(registries: tuple[LocalRegistry, ...]) -> Iterator[Emberbox]:
     """An Emberbox to build templates with: a template has little time to become ready, and a small one is shipped."""
     if GIVEN is not None:
         yield GIVEN
@@ -191,6 +212,7 @@ def building() -> Iterator[Emberbox]:
         settings={
             "EMBERBOX_READY_SECONDS": str(whole_seconds(10)),
             "EMBERBOX_TEMPLATES_DIR": str(HERE / "shipped"),
+            "EMBERBOX_INSECURE_REGISTRIES": json.dumps([each.host for each in registries]),
         }
     )
     try:
