@@ -76,8 +76,14 @@ def sign(
     region: str,
     service: str,
     now: datetime,
+    query: str = "",
 ) -> dict[str, str]:
-    """The headers with AWS's signature (Version 4). `headers` have lower-case names and include `host`."""
+    """The headers with AWS's signature (Version 4).
+
+    Args:
+        headers: with lower-case names, `host` among them.
+        query: as it is sent, its names in order.
+    """
     stamp, day = now.strftime("%Y%m%dT%H%M%SZ"), now.strftime("%Y%m%d")
     all_headers = {**headers, "x-amz-date": stamp}
     names = ";".join(sorted(all_headers))
@@ -85,7 +91,7 @@ def sign(
         [
             method,
             path,
-            "",
+            query,
             *(f"{name}:{all_headers[name].strip()}" for name in sorted(all_headers)),
             "",
             names,

@@ -182,12 +182,51 @@ async def test_describe_tells_what_the_node_is(served: Served) -> None:
     assert node.disk_bytes > 0
 
 
+def build(**changes: Any) -> wire.BuildRequest:
+    values = {"build_id": "b", "cpu_count": 1, "memory_mb": 1, "disk_size_mb": 1}
+    return wire.BuildRequest(**(values | changes))
+
+
 async def test_builds_that_cannot_be_say_why(served: Served) -> None:
-    request = wire.BuildRequest(build_id="b", from_image="alpine", cpu_count=1, memory_mb=1, disk_size_mb=1)
+    (event,) = [event async for event in served.stub.Build(build())]
 
-    (event,) = [event async for event in served.stub.Build(request)]
+    assert "recipe, an image or another build" in event.failed.message
+    assert event.failed.step == "base"
 
-    assert "not supported yet" in event.failed.message
+
+async def test_a_build_that_has_ended_can_be_followed_and_cancelled(served: Served) -> None:
+    first = [event async for event in served.stub.Build(build())]
+
+    again = [event async for event in served.stub.FollowBuild(wire.FollowBuildRequest(build_id="b"))]
+    await served.stub.CancelBuild(wire.CancelBuildRequest(build_id="b"))
+
+    assert again == first
+
+
+async def test_builds_that_nobody_started_are_not_found(served: Served) -> None:
+    follow = served.stub.FollowBuild(wire.FollowBuildRequest(build_id="none"))
+    cancel = served.stub.CancelBuild(wire.CancelBuildRequest(build_id="none"))
+
+    assert (await refused(follow.read()))[0] is grpc.StatusCode.NOT_FOUND
+    assert (await refused(cancel))[0] is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"build_id": "../x"}, "build ID"),
+        ({"build_id": ""}, "build ID"),
+        ({"steps": [wire.BuildStep(type="FROM", args=["x"])]}, "unknown type"),
+        ({"cpu_count": 0}, "cpuCount"),
+    ],
+)
+async def test_a_build_that_makes_no_sense_is_refused_at_once(
+    served: Served, changes: dict[str, Any], words: str
+) -> None:
+    code, message = await refused(served.stub.Build(build(**changes)).read())
+
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert words in message
 
 
 async def test_a_stopping_node_asks_to_try_again(served: Served) -> None:
