@@ -1,0 +1,93 @@
+"""Builds while parts of Emberbox are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import uuid
+
+import httpx
+import pytest
+from e2b import Sandbox, Template
+
+from tests.clients.support.raw import Api
+from tests.clients.support.timing import eventually, seconds, whole_seconds
+
+pytestmark = [pytest.mark.timeout(seconds(400)), pytest.mark.xdist_group("builds")]
+
+SLOWLY = "for n in $(seq 60); do echo line-$n; sleep 0.1; done; echo done > ~/done"
+
+
+@pytest.fixture
+def name(local_builder):
+    chosen = f"s-{uuid.uuid4().hex[:12]}"
+    yield chosen
+    with Api(local_builder) as api:
+        api.delete(f"/templates/{chosen}")
+
+
+def kill(emberbox, process):
+    before = _pids(emberbox)[process]
+    os.kill(before, signal.SIGKILL)
+    eventually(lambda: _pids(emberbox).get(process, before) != before, within=60, every=0.2, what=f"{process} is back")
+    eventually(lambda: _healthy(emberbox), within=60, every=0.2, what="the API answers")
+
+
+def _pids(emberbox):
+    return {each["name"]: each["pid"] for each in emberbox.status()["processes"]}
+
+
+def _healthy(emberbox):
+    try:
+        return httpx.get(f"{emberbox.api_url}/health", timeout=2, trust_env=False).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def begun(info):
+    """Wait until the build's steps print."""
+    eventually(lambda: _printed(info), within=120, every=0.1, what="the step prints")
+
+
+def _printed(info):
+    return [entry for entry in Template.get_build_status(info).log_entries if entry.message.startswith("line-")]
+
+
+def finished(info):
+    """The last status and the whole log, read page by page."""
+    entries, status = [], None
+    while status is None or status.status.value in ("waiting", "building") or status.log_entries:
+        status = Template.get_build_status(info, logs_offset=len(entries))
+        entries += status.log_entries
+        time.sleep(0.1)
+    return status, [entry.message for entry in entries]
+
+
+def test_a_build_outlives_the_api_and_its_log_is_whole(local_builder, name):
+    info = Template.build_in_background(Template().from_template("base").run_cmd(SLOWLY), name)
+    begun(info)
+
+    kill(local_builder, "api")
+    status, log = finished(info)
+    sandbox = Sandbox.create(name, timeout=whole_seconds(60))
+    content = sandbox.commands.run("cat ~/done").stdout
+    sandbox.kill()
+
+    assert status.status.value == "ready", status.reason
+    assert [line for line in log if line.startswith("line-")] == [f"line-{n}" for n in range(1, 61)]
+    assert content == "done\n"
+
+
+def test_a_build_whose_node_is_killed_fails_clearly_and_works_the_next_time(local_builder, name):
+    template = Template().from_template("base").run_cmd("echo first > ~/first").run_cmd(SLOWLY)
+    info = Template.build_in_background(template, name)
+    begun(info)
+
+    kill(local_builder, "node")
+    status, _ = finished(info)
+    Template.build(template, name)
+
+    assert status.status.value == "error"
+    assert "the node restarted during the build" in status.reason.message
+    assert Template.exists(name)
