@@ -10,6 +10,7 @@ import pytest
 
 from emberbox.images.errors import ImageError
 from emberbox.images.layers import LayerStore, file_digest
+from emberbox.linux import loops, mounts
 
 pytestmark = pytest.mark.skipif(shutil.which("mkfs.erofs") is None, reason="needs mkfs.erofs (erofs-utils)")
 
@@ -35,6 +36,22 @@ async def test_equal_content_gives_the_same_layer(tmp_path: Path) -> None:
     assert first.digest == second.digest == file_digest(first.path)
     assert store.digests() == [first.digest]
     assert first.path.stat().st_mode & 0o777 == 0o400
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts the layer")
+async def test_files_keep_their_dates(tmp_path: Path) -> None:
+    layer = await LayerStore(tmp_path / "layers").pack(_tree(tmp_path / "a"))
+    point = tmp_path / "mounted"
+    point.mkdir()
+
+    with loops.attach(layer.path, read_only=True) as device:
+        mounts.mount(device.path, point, "erofs", mounts.MS_RDONLY)
+    try:
+        dates = [(point / name).lstat().st_mtime for name in ("etc", "etc/file", "link")]
+    finally:
+        mounts.unmount(point)
+
+    assert dates == [1_000_000_000] * 3
 
 
 async def test_a_layer_can_be_copied_between_stores(tmp_path: Path) -> None:

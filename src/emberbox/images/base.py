@@ -34,6 +34,8 @@ Progress = Callable[[str, float], None]
 
 _BUILD_SECONDS = 3600.0
 _TAIL_LINES = 12
+_FORM = 2
+"""Raised when the same recipe begins to give another layer, so that the cache does not give the old one."""
 
 # What mmdebstrap says, what that means for people, and how far the whole is then (measured on a build of `base`).
 _STAGES = (
@@ -110,7 +112,8 @@ async def build_base(
 
 
 def _key(recipe: Recipe, host: HostNetwork) -> str:
-    return f"{recipe.name}-{platform.machine()}-{recipe.content_hash[:24]}-{host.fingerprint()[:12]}"
+    content = f"{recipe.content_hash[:24]}-{host.fingerprint()[:12]}"
+    return f"{recipe.name}-{platform.machine()}-{_FORM}-{content}"
 
 
 async def _bootstrap(recipe: Recipe, work: Path, root: Path, progress: Progress) -> None:

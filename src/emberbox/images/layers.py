@@ -13,6 +13,7 @@ import errno
 import hashlib
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ SUFFIX = ".erofs"
 DISK_SUFFIX = ".ext4"
 _SUFFIXES = (SUFFIX, DISK_SUFFIX)
 _PACK_SECONDS = 1800.0
+_SUPERBLOCK, _BUILD_TIME, _EROFS_MAGIC = 1024, 24, 0xE0F5E1E2  # seconds (8 bytes) and nanoseconds (4): erofs_fs.h
 _UUID = "00000000-0000-0000-0000-000000000000"
 """A random one would give equal content another digest."""
 
@@ -74,12 +76,13 @@ class LayerStore:
             ImageError: the disk is full, or mkfs.erofs failed.
         """
         async with self._draft() as draft:
-            # -T0 is the date of the image, --preserve-mtime (which must follow it) that of its files.
-            command = ("mkfs.erofs", "--quiet", "-T0", "--preserve-mtime", f"-U{_UUID}", draft, root)
+            # A date given with -T would be that of every file.
+            command = ("mkfs.erofs", "--quiet", "--preserve-mtime", "-Enosbcrc", f"-U{_UUID}", draft, root)
             try:
                 await run(command, timeout=_PACK_SECONDS)
             except CommandFailed as error:
                 raise ImageError(f"the layer could not be packed: {error}") from error
+            await asyncio.to_thread(_clear_build_time, draft)
             return await asyncio.to_thread(self._keep, draft)
 
     async def take_copy(self, source: Path) -> Layer:
@@ -119,6 +122,17 @@ class LayerStore:
             draft.chmod(0o400)
             draft.rename(target)
         return Layer(digest, target, target.stat().st_size)
+
+
+def _clear_build_time(image: Path) -> None:
+    """Date an EROFS image 1970, for equal content to give equal bytes. Its files keep their dates."""
+    with image.open("r+b") as file:
+        file.seek(_SUPERBLOCK)
+        (magic,) = struct.unpack("<I", file.read(4))
+        if magic != _EROFS_MAGIC:
+            raise ImageError("mkfs.erofs wrote something that is not an EROFS image")
+        file.seek(_SUPERBLOCK + _BUILD_TIME)
+        file.write(bytes(12))
 
 
 def file_digest(path: Path) -> str:
