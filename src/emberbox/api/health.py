@@ -16,6 +16,7 @@ from emberbox.store import sandboxes as rows
 router = Router()
 
 _SANDBOXES = Gauge("emberbox_sandboxes", "Sandboxes that have not ended", ["state"])
+_BUILDS = Gauge("emberbox_builds", "Builds that this process has queued or follows", ["state"])
 _NODES = Gauge("emberbox_nodes_connected", "Nodes whose event stream is up")
 
 
@@ -37,5 +38,8 @@ async def metrics(plane: Control) -> Response:
     for state in State:
         if state is not State.ENDED:
             _SANDBOXES.labels(state.value).set(counts.get(state.value, 0))
+    waiting, running = plane.builds.load
+    _BUILDS.labels("waiting").set(waiting)
+    _BUILDS.labels("building").set(running)
     _NODES.set(sum(node.connected.is_set() for node in plane.plane.nodes))
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

@@ -64,6 +64,11 @@ class BuildQueue:
         entry = self._running.get(build_id)
         return entry[1] if entry else None
 
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many wait, and how many run."""
+        return len(self._waiting), len(self._running)
+
     def build_ids(self) -> set[str]:
         """Builds that wait or run."""
         return {job.build_id for job in self._waiting} | set(self._running)

@@ -21,9 +21,11 @@ log = structlog.get_logger()
 RESTARTED = "the node restarted during the build; start it again"
 
 _FLUSH_SECONDS = 0.2
+_AFTER_FAILURE_SECONDS = 2.0
 _HEARTBEAT_SECONDS = 15.0
 _AWAY_SECONDS = 300.0
 """How long a node may be away before its builds are given up."""
+_PAUSE_SECONDS = 0.5
 _SENDS = 3
 _LOG_ENTRIES = 100_000
 _MESSAGE_CHARACTERS = 16_384
@@ -74,10 +76,10 @@ class BuildRun:
 
     async def _follow(self) -> Outcome:
         sends = 0
-        started = self._request is None
-        while True:
+        told = self._request is None
+        while now_ms() < self._deadline_ms:
             try:
-                if started or self._request is None:
+                if told or self._request is None:
                     events = self._node.follow_build(
                         self._build.id, from_position=self._journal.next, seconds=self._seconds_left()
                     )
@@ -87,26 +89,30 @@ class BuildRun:
                 outcome = await self._read(events)
                 if outcome is not None:
                     return outcome
-                # A stream that ends by itself says how it ended; a node that stops may cut it.
-                started = True
+                # A build says how it ended; a node that stops may cut its words.
+                told = True
+                await asyncio.sleep(_PAUSE_SECONDS)
             except Conflict:
-                started = True
+                if told:
+                    raise
+                told = True
             except NotFound as error:
-                if not started:
+                if not told:
                     raise
                 # Nothing of it was seen, so nothing is done twice.
                 if self._request is None or self._journal.next or sends >= _SENDS:
                     return pb.BuildFailed(message=RESTARTED)
                 log.info("build.sent_again", build_id=self._build.id, reason=error.message)
-                started = False
+                told = False
             except NodeTooSlow:
-                await self._give_up()
-                minutes = self._plane.settings.build_seconds / 60
-                return pb.BuildFailed(message=f"the build took longer than {minutes:g} minutes and was given up")
+                break
             except (NodeUnavailable, Interrupted) as error:
                 log.info("build.node_away", build_id=self._build.id, reason=error.message)
-                started = True
+                told = True
                 await self._wait_for_node()
+        await self._give_up()
+        minutes = self._plane.settings.build_seconds / 60
+        return pb.BuildFailed(message=f"the build took longer than {minutes:g} minutes and was given up")
 
     async def _read(self, events: AsyncIterator[pb.BuildEvent]) -> Outcome | None:
         async for event in events:
@@ -127,7 +133,7 @@ class BuildRun:
             NodeUnavailable: the node stays away for too long.
         """
         # The event stream notices a moment later that the node is away.
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(_PAUSE_SECONDS)
         try:
             async with asyncio.timeout(_AWAY_SECONDS * self._plane.settings.time_scale):
                 await self._node.connected.wait()
@@ -158,6 +164,7 @@ class BuildRun:
             except Exception:
                 # The database may be away for a moment; the entries are kept until it is back.
                 log.exception("build.journal_failed", build_id=self._build.id)
+                await asyncio.sleep(_AFTER_FAILURE_SECONDS)
 
 
 class Journal:

@@ -15,11 +15,11 @@ from typing import Any
 
 import structlog
 
-from emberbox.control.build_plan import BuildPlan, build_request, check_plan, own_template
+from emberbox.control.build_plan import BuildPlan, check_plan, own_template
 from emberbox.control.build_queue import BuildQueue
-from emberbox.control.build_run import BuildRun, Outcome
+from emberbox.control.build_work import UNFINISHED, BuildWork, Progress
 from emberbox.control.clock import now_ms
-from emberbox.control.errors import Conflict, ControlError, Forbidden, Invalid, NodeUnavailable, NotFound
+from emberbox.control.errors import Conflict, ControlError, Forbidden, Invalid, NotFound
 from emberbox.control.names import DEFAULT_TAG, check_tag, parse_ref
 from emberbox.control.nodes import Node
 from emberbox.control.plane import Plane
@@ -28,19 +28,17 @@ from emberbox.control.tokens import new_template_id
 from emberbox.control.uploads import Uploads
 from emberbox.store import templates as rows
 from emberbox.store.errors import DuplicateName
-from emberbox.store.records import BuildRecord, TagRecord, TeamRecord, TemplateRecord
-from emberbox.wire import node_pb2 as pb
+from emberbox.store.records import BuildRecord, TeamRecord, TemplateRecord
 
 log = structlog.get_logger()
 
 BASE = "base"
 RESERVED_WORDS = "comes with the installation; choose another name"
 
-_UNFINISHED = ("waiting", "building")
-_AWAY_SECONDS = 300.0
 _STALE_MS = 90_000
 """A build that nobody has touched for so long is nobody's any more, where several processes share a database."""
 _NEVER_STARTED_MS = 24 * 3600 * 1000
+_CANCEL_PAUSES = (0.0, 0.5)
 _TAGS = 100
 
 
@@ -63,14 +61,6 @@ class Registered:
     tags: list[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a build is, as its node says. `fraction` is 0..1 of the whole."""
-
-    stage: str
-    fraction: float
-
-
 class Builds:
     def __init__(self, plane: Plane, templates: Templates, uploads: Uploads) -> None:
         self._plane = plane
@@ -82,7 +72,7 @@ class Builds:
             per_team=settings.builds_per_team,
             waiting_per_team=settings.builds_waiting_per_team,
         )
-        self._progress: dict[str, Progress] = {}
+        self._work = BuildWork(plane, uploads)
         self.reserved: frozenset[str] = frozenset({BASE})
         """Names that the team of the shipped templates cannot give to its own."""
 
@@ -142,21 +132,30 @@ class Builds:
 
     async def cancel(self, build: BuildRecord, message: str) -> bool:
         """Give up a build that is not finished. Returns whether it was one."""
-        if not await self._fail(build.id, {"message": message}):
+        if not await self._work.fail(build.id, {"message": message}):
             return False
         await self._queue.remove(build.id)
-        if build.node_id:
-            try:
-                await self._plane.nodes.get(build.node_id).cancel_build(build.id)
-            except NotFound:
-                pass
-            except ControlError as error:
-                log.warning("build.left_on_node", build_id=build.id, node_id=build.node_id, reason=error.message)
+        # It may have been sent to a node since it was looked up.
+        now = await rows.get_build(self._plane.store, build.id)
+        if now is not None and now.node_id:
+            await self._cancel_on(now.node_id, build.id)
         return True
+
+    async def _cancel_on(self, node_id: str, build_id: str) -> None:
+        for pause in _CANCEL_PAUSES:
+            await asyncio.sleep(pause)
+            try:
+                await self._plane.nodes.get(node_id).cancel_build(build_id)
+                return
+            except NotFound:
+                continue  # The call that starts it may still be on its way.
+            except ControlError as error:
+                log.warning("build.left_on_node", build_id=build_id, node_id=node_id, reason=error.message)
+                return
 
     async def cancel_all(self, team_id: str) -> int:
         """Give up a team's builds that are not finished; returns how many."""
-        unfinished = await rows.builds_in(self._plane.store, _UNFINISHED, team_id=team_id)
+        unfinished = await rows.builds_in(self._plane.store, UNFINISHED, team_id=team_id)
         given_up = [
             await self.cancel(build, "the build was cancelled by the administrator")
             for build in unfinished
@@ -166,9 +165,14 @@ class Builds:
 
     async def cancel_of(self, template_id: str) -> None:
         """Give up the builds of a template that is about to be deleted."""
-        for build in await rows.builds_in(self._plane.store, _UNFINISHED):
+        for build in await rows.builds_in(self._plane.store, UNFINISHED):
             if build.template_id == template_id and build.snapshot_id is None:
                 await self.cancel(build, "the template was deleted")
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many builds wait here, and how many are followed."""
+        return self._queue.load
 
     # ---- for the templates that come with the installation
 
@@ -178,7 +182,7 @@ class Builds:
 
     def start_recipe(self, build: BuildRecord, team_id: str) -> asyncio.Task[None]:
         """Build a recipe of the node's, before everything else."""
-        self._queue.add(build.id, team_id, lambda: self._carry_out(build.id, team_id, BuildPlan()), now=True)
+        self._queue.add(build.id, team_id, lambda: self._work.carry_out(build.id, team_id, BuildPlan()), now=True)
         task = self._queue.running(build.id)
         assert task is not None
         return task
@@ -189,7 +193,7 @@ class Builds:
 
     def progress(self, build_id: str) -> Progress | None:
         """How far a build is that this process follows."""
-        return self._progress.get(build_id)
+        return self._work.progress(build_id)
 
     def new_template(self, team: TeamRecord, *, public: bool, is_default: bool = False) -> TemplateRecord:
         now = now_ms()
@@ -253,7 +257,7 @@ class Builds:
     async def adopt(self) -> None:
         """Go on with the builds of a process that is gone: queue those that wait, follow those that are built."""
         store = self._plane.store
-        for build in await rows.builds_in(store, _UNFINISHED):
+        for build in await rows.builds_in(store, UNFINISHED):
             if build.snapshot_id is not None or build.worker in (None, self._plane.worker):
                 continue  # `snapshots.py` undoes those; registered only; our own.
             if not store.is_sqlite and now_ms() - build.updated_at < _STALE_MS:
@@ -268,7 +272,7 @@ class Builds:
                 reason = (
                     "the server restarted while the build waited, and registry credentials are not kept; start it again"
                 )
-                await self._fail(build.id, {"message": reason})
+                await self._work.fail(build.id, {"message": reason})
                 continue
             now = build.status != "waiting" or "recipe" in request
             self._add(claimed, request.get("team_id", ""), BuildPlan.from_stored(request), now=now)
@@ -292,10 +296,10 @@ class Builds:
             await rows.touch_builds(store, mine, now)
         for build in await rows.builds_in(store, ["waiting"]):
             if build.worker is None and now - build.created_at > _NEVER_STARTED_MS:
-                await self._fail(build.id, {"message": "the build was registered and never started"})
+                await self._work.fail(build.id, {"message": "the build was registered and never started"})
         if not store.is_sqlite:
             await self.adopt()
-        unfinished = await rows.builds_in(store, _UNFINISHED)
+        unfinished = await rows.builds_in(store, UNFINISHED)
         in_use = [
             ((build.request or {}).get("team_id", ""), files_hash)
             for build in unfinished
@@ -373,157 +377,7 @@ class Builds:
         self._add(queued, team_id, plan)
 
     def _add(self, build: BuildRecord, team_id: str, plan: BuildPlan, *, now: bool = False) -> None:
-        self._queue.add(build.id, team_id, lambda: self._carry_out(build.id, team_id, plan), now=now)
-
-    async def _carry_out(self, build_id: str, team_id: str, plan: BuildPlan) -> None:
-        """See a build through; returns when its row says how it ended. Being cancelled leaves it as it is."""
-        try:
-            build, outcome = await self._outcome(build_id, team_id, plan)
-        except ControlError as error:
-            await self._fail(build_id, {"message": error.message})
-            return
-        except Exception:
-            log.exception("build.broke", build_id=build_id)
-            await self._fail(build_id, {"message": "internal error; the server's log says more"})
-            return
-        finally:
-            self._progress.pop(build_id, None)
-        if isinstance(outcome, pb.BuildDone):
-            await self._finish(build, outcome)
-            return
-        reason: dict[str, Any] = {"message": outcome.message or "the node gave no reason"}
-        if outcome.step:
-            reason["step"] = outcome.step
-        await self._fail(build.id, reason)
-
-    async def _outcome(self, build_id: str, team_id: str, plan: BuildPlan) -> tuple[BuildRecord, Outcome]:
-        build = await rows.get_build(self._plane.store, build_id)
-        if build is None or build.status not in _UNFINISHED:
-            raise NotFound(f"build {build_id!r} is not to be built any more")
-        stored = build.request or {}
-        request: pb.BuildRequest | None = None
-        if build.status == "building":
-            node = await self._node(build.node_id)
-        else:
-            source = (
-                await rows.get_build(self._plane.store, stored["source_build"]) if stored.get("source_build") else None
-            )
-            if stored.get("source_build") and source is None:
-                raise Invalid("the template that it builds from was deleted meanwhile")
-            request = self._request(build, team_id, plan, source)
-            node = await self._node(source.node_id if source else None)
-            changes = {
-                "status": "building",
-                "node_id": node.node_id,
-                "updated_at": now_ms(),
-                "worker": self._plane.worker,
-            }
-            changes["request"] = {**stored, "started_ms": now_ms()}
-            started = await rows.change_build(self._plane.store, build_id, statuses=["waiting"], changes=changes)
-            if started is None:
-                raise NotFound(f"build {build_id!r} is not waiting any more")
-            build = started
-        started_ms = (build.request or {}).get("started_ms", build.created_at)
-        run = BuildRun(
-            self._plane,
-            node,
-            build,
-            request,
-            deadline_ms=started_ms + int(self._plane.settings.build_seconds * 1000),
-            progress=lambda stage, fraction: self._progress.__setitem__(build_id, Progress(stage, fraction)),
-        )
-        return build, await run.outcome()
-
-    def _request(
-        self, build: BuildRecord, team_id: str, plan: BuildPlan, source: BuildRecord | None
-    ) -> pb.BuildRequest:
-        recipe = (build.request or {}).get("recipe")
-        files_dir = str(self._uploads.folder(team_id))
-        request = build_request(build, team_id, plan, files_dir=files_dir, source=source)
-        if recipe:
-            request.recipe = recipe
-        return request
-
-    async def _node(self, node_id: str | None) -> Node:
-        """The node of this ID (None: any that takes builds), waiting a while for it.
-
-        Raises:
-            NodeUnavailable: it does not come.
-        """
-        end = asyncio.get_running_loop().time() + _AWAY_SECONDS * self._plane.settings.time_scale
-        while True:
-            try:
-                return self._plane.nodes.get(node_id) if node_id else self._plane.nodes.place()
-            except NodeUnavailable:
-                if asyncio.get_running_loop().time() > end:
-                    raise
-            await asyncio.sleep(0.25)
-
-    async def _finish(self, build: BuildRecord, done: pb.BuildDone) -> None:
-        now = now_ms()
-        image = done.image
-        tags = (build.request or {}).get("tags") or [DEFAULT_TAG]
-        ready = await rows.change_build(
-            self._plane.store,
-            build.id,
-            statuses=["building"],
-            changes={
-                "status": "ready",
-                "worker": None,
-                "layers": list(image.layers),
-                "env_vars": dict(image.env_vars),
-                "default_user": image.default_user,
-                "default_workdir": image.default_workdir,
-                "start_command": image.start_command,
-                "ready_command": image.ready_command,
-                "size_bytes": done.size_bytes,
-                "agent_version": done.agent_version,
-                "updated_at": now,
-                "finished_at": now,
-            },
-            tags=[TagRecord(str(uuid.uuid4()), build.template_id, tag, build.id, now) for tag in tags],
-        )
-        if ready is None:
-            log.info("build.unwanted", build_id=build.id)
-            await self._release(build, list(image.layers))
-            return
-        log.info("build.ready", build_id=build.id, template_id=build.template_id, size_bytes=done.size_bytes)
-
-    async def _fail(self, build_id: str, reason: dict[str, Any]) -> bool:
-        """Mark a build as failed; what was ready before stays in use. Returns whether it was unfinished."""
-        now = now_ms()
-        before = await rows.get_build(self._plane.store, build_id)
-        failed = await rows.change_build(
-            self._plane.store,
-            build_id,
-            statuses=_UNFINISHED,
-            changes={
-                "status": "error",
-                "worker": None,
-                "reason": reason,
-                "layers": [],
-                "updated_at": now,
-                "finished_at": now,
-            },
-        )
-        if failed is None or before is None:
-            return False
-        log.warning("build.failed", build_id=build_id, reason=reason["message"], step=reason.get("step"))
-        if before.layers:
-            await self._release(failed, before.layers)
-        return True
-
-    async def _release(self, build: BuildRecord, layers: list[str]) -> None:
-        """Have the node remove those of a build's layers that no build uses any more."""
-        unused = await rows.unused_layers(self._plane.store, layers, but_by=build.id)
-        if not unused or not build.node_id:
-            return
-        try:
-            await self._plane.nodes.get(build.node_id).delete_build(build.id, sorted(unused))
-        except NotFound:
-            pass
-        except ControlError as error:
-            log.warning("build.left_on_node", build_id=build.id, node_id=build.node_id, reason=error.message)
+        self._queue.add(build.id, team_id, lambda: self._work.carry_out(build.id, team_id, plan), now=now)
 
 
 def _tags(tag: str | None, further: tuple[str, ...]) -> list[str]:
