@@ -81,8 +81,9 @@ class AgentVM:
         (base / "home" / "user").mkdir()
         os.chown(base / "home" / "user", 1000, 1000)
         (base / "etc" / "which").write_text("base")
-        (second / "etc").mkdir(parents=True)
-        (second / "etc" / "which").write_text("second")
+        (second / "u" / "etc").mkdir(parents=True)  # an ext4 layer is what a build's machine wrote
+        (second / "w" / "work").mkdir(parents=True)
+        (second / "u" / "etc" / "which").write_text("second")
         run = lambda *a: subprocess.run([str(x) for x in a], check=True, capture_output=True)  # noqa: E731
         run("mkfs.erofs", "-zlz4hc", self._dir / "layer1", base)
         run("mke2fs", "-q", "-t", "ext4", "-d", second, self._dir / "layer2", "16m")

@@ -21,13 +21,16 @@ const diskPatience = 5 * time.Second
 func joinDisks(layers int) (int, error) {
 	var lower []string
 	for i := range layers {
-		at, err := mountDisk(i, unix.MS_RDONLY)
+		at, kind, err := mountDisk(i, unix.MS_RDONLY)
 		if err != nil {
 			return -1, fmt.Errorf("layer %d: %w", i+1, err)
 		}
+		if kind == "ext4" { // the upper of a build's machine, with overlayfs's own folder beside the files
+			at = filepath.Join(at, "u")
+		}
 		lower = append([]string{at}, lower...) // overlayfs names the topmost first
 	}
-	upper, err := mountDisk(layers, 0)
+	upper, _, err := mountDisk(layers, 0)
 	if err != nil {
 		return -1, fmt.Errorf("upper: %w", err)
 	}
@@ -46,19 +49,20 @@ func joinDisks(layers int) (int, error) {
 	return unix.Open(upper, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 }
 
-// mountDisk mounts the n-th virtio disk (0 is /dev/vda) and returns where.
-func mountDisk(n int, flags uintptr) (string, error) {
+// mountDisk mounts the n-th virtio disk (0 is /dev/vda) and returns where, and
+// its file system.
+func mountDisk(n int, flags uintptr) (at, kind string, err error) {
 	device := "/dev/vd" + string(rune('a'+n))
 	if err := await(device); err != nil {
-		return "", err
+		return "", "", err
 	}
-	kind, err := kindOf(device)
+	kind, err = kindOf(device)
 	if err != nil {
-		return "", fmt.Errorf("%s: %w", device, err)
+		return "", "", fmt.Errorf("%s: %w", device, err)
 	}
-	at := filepath.Join(disks, strconv.Itoa(n))
+	at = filepath.Join(disks, strconv.Itoa(n))
 	if err := os.MkdirAll(at, 0o755); err != nil {
-		return "", err
+		return "", "", err
 	}
 	flags |= unix.MS_NOATIME
 	err = unix.Mount(device, at, kind, flags, "")
@@ -67,9 +71,9 @@ func mountDisk(n int, flags uintptr) (string, error) {
 		err = unix.Mount(device, at, kind, flags, "noload")
 	}
 	if err != nil {
-		return "", fmt.Errorf("mount %s (%s): %w", device, kind, err)
+		return "", "", fmt.Errorf("mount %s (%s): %w", device, kind, err)
 	}
-	return at, nil
+	return at, kind, nil
 }
 
 func await(device string) error {
