@@ -55,12 +55,21 @@ func SetHostname(name string) error {
 	return SetHost("127.0.1.1", name)
 }
 
+const machineID = "/etc/machine-id"
+
 // SetMachineID writes /etc/machine-id (32 lower-case hex digits).
 func SetMachineID(id string) error {
 	if !isMachineID(id) {
 		return fmt.Errorf("%w: machine id must be 32 lower-case hex digits", ErrBadName)
 	}
-	return writeIfChanged("/etc/machine-id", []byte(id+"\n"))
+	if err := writeIfChanged(machineID, []byte(id+"\n")); err != nil {
+		return err
+	}
+	// Everybody's programs read it; the image may carry it readable to root alone.
+	if err := os.Chmod(machineID, 0o444); !errors.Is(err, unix.EROFS) {
+		return allowed(err)
+	}
+	return nil
 }
 
 const hostsMark = "# set by emberd"
