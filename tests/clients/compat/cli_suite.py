@@ -12,9 +12,11 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 
 from tests.clients.support.node import Terminal
 
@@ -109,6 +111,18 @@ def unknown_template() -> None:
     e2b("sandbox", "create", "--detach", f"none-{uuid.uuid4().hex[:8]}", code=1)
 
 
+def template() -> None:
+    name = f"compat-{uuid.uuid4().hex[:8]}"
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "note.txt").write_text("note\n")
+        Path(folder, "e2b.Dockerfile").write_text("FROM e2bdev/base\nCOPY note.txt /note.txt\n")
+        e2b("template", "create", name, "--path", folder)
+    assert name in e2b("template", "list")
+    e2b("template", "publish", "--yes", name)
+    e2b("template", "delete", "--yes", name)
+    assert name not in e2b("template", "list")
+
+
 CASES: dict[str, Callable[[], None]] = {
     "create_and_kill": create_and_kill,
     "list": listed,
@@ -120,6 +134,7 @@ CASES: dict[str, Callable[[], None]] = {
     "logs": logs,
     "metrics": metrics,
     "unknown_template": unknown_template,
+    "template": template,
 }
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Written for every release from 1.11 on; what differs between them is in `create`
 # ruff: noqa: PT017 - it runs where there is no pytest
 import os
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -202,6 +203,21 @@ def case_signed_urls():
         url = sandbox.download_url("file.txt")
         route = {"E2b-Sandbox-Id": sandbox.sandbox_id, "E2b-Sandbox-Port": "49983"}
         assert httpx.get(url, headers=route, timeout=20).text == "signed"
+
+
+def case_template_build():
+    if not hasattr(e2b, "Template"):
+        raise NotInThisRelease("no templates in this release")
+    name = f"compat-{uuid.uuid4().hex[:8]}"
+    with tempfile.TemporaryDirectory() as folder:
+        with open(os.path.join(folder, "note.txt"), "w") as file:
+            file.write("note\n")
+        template = e2b.Template(file_context_path=folder).from_template("base").copy("note.txt", "/home/user/")
+        template = template.run_cmd("cat /home/user/note.txt > /home/user/copy.txt")
+        # The name's own argument is newer.
+        e2b.Template.build(template, alias=name)
+    with create(template=name) as sandbox:
+        assert sandbox.files.read("copy.txt") == "note\n"
 
 
 CASES = {name.removeprefix("case_"): case for name, case in list(globals().items()) if name.startswith("case_")}

@@ -5,6 +5,9 @@
 // Exit code 0: it works. 3: this release does not have it. Anything else: it does not work.
 import assert from 'node:assert/strict'
 import { randomUUID } from 'node:crypto'
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import * as e2b from 'e2b'
 
 const { Sandbox } = e2b
@@ -171,6 +174,28 @@ const cases = {
       },
       { secure: true }
     )
+  },
+
+  async template_build() {
+    if (!e2b.Template) throw new NotInThisRelease('no templates in this release')
+    const alias = `compat-${randomUUID().slice(0, 8)}`
+    const folder = mkdtempSync(join(tmpdir(), 'emberbox-compat-'))
+    try {
+      writeFileSync(join(folder, 'note.txt'), 'note\n')
+      const template = e2b.Template({ fileContextPath: folder })
+        .fromTemplate('base')
+        .copy('note.txt', '/home/user/')
+        .runCmd('cat /home/user/note.txt > /home/user/copy.txt')
+      await e2b.Template.build(template, { alias })
+    } finally {
+      rmSync(folder, { recursive: true })
+    }
+    const sandbox = await Sandbox.create(alias, { timeoutMs: seconds(90) })
+    try {
+      assert.equal(await sandbox.files.read('copy.txt'), 'note\n')
+    } finally {
+      await sandbox.kill()
+    }
   },
 }
 
