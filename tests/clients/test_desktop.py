@@ -9,7 +9,7 @@ import pytest
 from e2b_desktop import Sandbox
 
 from tests.clients.support.instance import Emberbox
-from tests.clients.support.raw import host_request
+from tests.clients.support.raw import host_request, websocket
 from tests.clients.support.shipped import ensure_built
 from tests.clients.support.timing import eventually, seconds, whole_seconds
 
@@ -64,6 +64,8 @@ def test_the_screen_is_streamed_to_a_browser_behind_a_password(desktop: Sandbox,
         page = host_request(emberbox, desktop.get_host(6080), "/vnc.html")
         assert page.status_code == 200
         assert "noVNC" in page.text
+        with websocket(emberbox, f"ws://{desktop.get_host(6080)}/websockify") as screen:
+            assert screen.recv(timeout=seconds(30)).startswith(b"RFB ")
     finally:
         desktop.stream.stop()
 
