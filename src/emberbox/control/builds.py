@@ -117,9 +117,7 @@ class Builds:
             TooMany: too many builds of the team wait.
         """
         found = await self._templates.find_own(team, template)
-        build = await rows.get_build(self._plane.store, build_id)
-        if build is None or build.template_id != found.id:
-            raise NotFound(f"template {template!r} has no build {build_id[:64]!r}")
+        build = await self._templates.build_of(found, build_id)
         if build.status != "waiting" or build.worker is not None:
             raise Conflict(f"build {build_id!r} was started before; register another one")
         check_plan(plan)
@@ -141,33 +139,17 @@ class Builds:
             await self._cancel_on(now.node_id, build.id)
         return True
 
-    async def _cancel_on(self, node_id: str, build_id: str) -> None:
-        for pause in _CANCEL_PAUSES:
-            await asyncio.sleep(pause)
-            try:
-                await self._plane.nodes.get(node_id).cancel_build(build_id)
-                return
-            except NotFound:
-                continue  # The call that starts it may still be on its way.
-            except ControlError as error:
-                log.warning("build.left_on_node", build_id=build_id, node_id=node_id, reason=error.message)
-                return
-
     async def cancel_all(self, team_id: str) -> int:
         """Give up a team's builds that are not finished; returns how many."""
         unfinished = await rows.builds_in(self._plane.store, UNFINISHED, team_id=team_id)
-        given_up = [
-            await self.cancel(build, "the build was cancelled by the administrator")
-            for build in unfinished
-            if build.snapshot_id is None
-        ]
-        return sum(given_up)
+        return await self._cancel_each(unfinished, "the build was cancelled by the administrator")
 
     async def cancel_of(self, template_id: str) -> None:
         """Give up the builds of a template that is about to be deleted."""
-        for build in await rows.builds_in(self._plane.store, UNFINISHED):
-            if build.template_id == template_id and build.snapshot_id is None:
-                await self.cancel(build, "the template was deleted")
+        unfinished = await rows.builds_in(self._plane.store, UNFINISHED)
+        await self._cancel_each(
+            [build for build in unfinished if build.template_id == template_id], "the template was deleted"
+        )
 
     @property
     def load(self) -> tuple[int, int]:
@@ -313,6 +295,23 @@ class Builds:
         await self._queue.close()
 
     # ---- inside
+
+    async def _cancel_each(self, builds: list[BuildRecord], message: str) -> int:
+        # Those that wait first, or they would begin in the places of those that end.
+        in_order = sorted(builds, key=lambda build: build.status != "waiting")
+        return sum([await self.cancel(build, message) for build in in_order if build.snapshot_id is None])
+
+    async def _cancel_on(self, node_id: str, build_id: str) -> None:
+        for pause in _CANCEL_PAUSES:
+            await asyncio.sleep(pause)
+            try:
+                await self._plane.nodes.get(node_id).cancel_build(build_id)
+                return
+            except NotFound:
+                continue  # The call that starts it may still be on its way.
+            except ControlError as error:
+                log.warning("build.left_on_node", build_id=build_id, node_id=node_id, reason=error.message)
+                return
 
     def _sized(self, wanted: NewTemplate, tags: list[str], team: TeamRecord) -> BuildRecord:
         settings = self._plane.settings

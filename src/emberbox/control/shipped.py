@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Literal
 
 import structlog
@@ -205,13 +204,7 @@ class Shipped:
         for step in shipped.plan.steps:
             if step.type != "COPY" or step.files_hash in present:
                 continue
-            with tempfile.NamedTemporaryFile(dir=self._plane.settings.api_dir, suffix=".part", delete=False) as made:
-                archive = Path(made.name)
-            try:
-                await asyncio.to_thread(pack, shipped.folder, step.args[0], archive)
-                await self._uploads.put(team.id, step.files_hash, archive)
-            finally:
-                await asyncio.to_thread(archive.unlink, missing_ok=True)
+            await self._uploads.pack(team.id, step.files_hash, partial(pack, shipped.folder, step.args[0]))
 
     # ---- both
 

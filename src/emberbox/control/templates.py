@@ -178,10 +178,17 @@ class Templates:
             Forbidden: it is public and another team's.
         """
         template = await self.find_own(team, text)
+        return template, await self.build_of(template, build_id)
+
+    async def build_of(self, template: TemplateRecord, build_id: str) -> BuildRecord:
+        """
+        Raises:
+            NotFound: the template has no such build.
+        """
         build = await rows.get_build(self._plane.store, build_id) if "\0" not in build_id else None
         if build is None or build.template_id != template.id:
-            raise NotFound(f"template {text!r} has no build {build_id[:64]!r}")
-        return template, build
+            raise NotFound(f"template {template.id!r} has no build {build_id[:64]!r}")
+        return build
 
     async def build_logs(
         self, build: BuildRecord, *, offset: int, limit: int, levels: tuple[str, ...] | None

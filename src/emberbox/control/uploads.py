@@ -19,7 +19,7 @@ import secrets
 import tarfile
 import time
 import zlib
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -127,7 +127,7 @@ class Uploads:
         if length > self._limit:
             raise TooLarge(f"the archive has {length} bytes; the limit is {self._limit} (EMBERBOX_MAX_UPLOAD_MB)")
         began = time.perf_counter()
-        partial = path.with_name(f"{files_hash}.{secrets.token_hex(8)}{_PARTIAL}")
+        partial = _partial(path)
         try:
             received = await self._write(partial, body, length)
             if received != length:
@@ -147,11 +147,25 @@ class Uploads:
             ms=round((time.perf_counter() - began) * 1000),
         )
 
-    async def put(self, team_id: str, files_hash: str, archive: Path) -> None:
-        """Take over an archive that was packed here."""
+    async def pack(self, team_id: str, files_hash: str, write: Callable[[Path], None]) -> None:
+        """Store an archive that is made here: `write`, run in a thread, writes it to a new path.
+
+        Raises:
+            StorageFull: the disk is full.
+        """
         path = self._path(team_id, files_hash)
+        partial = _partial(path)
+
+        def make() -> None:
+            try:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write(partial)
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+
         try:
-            await asyncio.to_thread(_move_into, archive, path)
+            await asyncio.to_thread(make)
         except OSError as error:
             raise _storage_error(error) from error
 
@@ -267,9 +281,9 @@ def _create(path: Path) -> IO[bytes]:
     return path.open("xb")
 
 
-def _move_into(archive: Path, path: Path) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.replace(archive, path)
+def _partial(path: Path) -> Path:
+    """Where an archive is written before it is whole."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}{_PARTIAL}")
 
 
 def _touch(path: Path) -> bool:
