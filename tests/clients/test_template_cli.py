@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 import uuid
 
 import pytest
@@ -174,3 +176,19 @@ def test_a_shipped_template_is_built_with_its_log_and_then_started(local_builder
     assert entries[-1]["status"] == "ready"
     assert all({"timestamp", "level", "message"} <= set(entry) for entry in entries[:-1])
     assert answer == "hello\n"
+
+
+def test_on_a_terminal_a_build_is_shown_while_it_runs(local_builder):
+    environment = {**os.environ, **local_builder.settings, "TERM": "xterm", "COLUMNS": "120"}
+    terminal = node.Terminal(
+        sys.executable, "-m", "emberbox", "template", "build", "hello", "--force", "--data", local_builder.data_dir,
+        env=environment,
+    )  # fmt: skip
+    try:
+        terminal.wait_for("preparing", within=120)
+        terminal.wait_for("template hello is ready", within=120)
+        code = terminal.wait()
+    finally:
+        terminal.close()
+
+    assert code == 0

@@ -168,7 +168,7 @@ class Templates:
         return await rows.builds_page(self._plane.store, template.id, limit=limit, after=after)
 
     async def count_builds(self, template: TemplateRecord) -> int:
-        return len(await rows.builds_page(self._plane.store, template.id))
+        return await rows.count_builds(self._plane.store, template.id)
 
     async def build(self, team: TeamRecord, text: str, build_id: str) -> tuple[TemplateRecord, BuildRecord]:
         """A build of one of the team's templates. What others' builds print is not for everybody, public or not.

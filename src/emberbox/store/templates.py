@@ -161,21 +161,40 @@ async def aliases_of(store: Store, template_ids: Iterable[str]) -> dict[str, lis
 
 async def latest_builds(store: Store, template_ids: Iterable[str]) -> dict[str, tuple[BuildRecord, int]]:
     """Template ID -> its newest build (a ready one where there is one) and how many builds it has."""
-    query = (
-        select(template_builds)
-        .where(template_builds.c.template_id.in_(list(template_ids)))
-        .order_by(template_builds.c.created_at, template_builds.c.id)
+    builds = template_builds
+    ranked = (
+        select(
+            builds.c.id,
+            func.count().over(partition_by=builds.c.template_id).label("total"),
+            func.row_number()
+            .over(
+                partition_by=builds.c.template_id,
+                order_by=(
+                    case((builds.c.status == "ready", 0), else_=1),
+                    builds.c.created_at.desc(),
+                    builds.c.id.desc(),
+                ),
+            )
+            .label("place"),
+        )
+        .where(builds.c.template_id.in_(list(template_ids)))
+        .subquery()
     )
-    chosen: dict[str, BuildRecord] = {}
-    counts: dict[str, int] = {}
+    query = select(builds, ranked.c.total).join(ranked, ranked.c.id == builds.c.id).where(ranked.c.place == 1)
+    found: dict[str, tuple[BuildRecord, int]] = {}
     async with store.read() as connection:
         for row in await connection.execute(query):
-            build = BuildRecord(**fields(row))
-            counts[build.template_id] = counts.get(build.template_id, 0) + 1
-            before = chosen.get(build.template_id)
-            if before is None or build.status == "ready" or before.status != "ready":
-                chosen[build.template_id] = build
-    return {template_id: (build, counts[template_id]) for template_id, build in chosen.items()}
+            columns = fields(row)
+            total = columns.pop("total")
+            build = BuildRecord(**columns)
+            found[build.template_id] = build, total
+    return found
+
+
+async def count_builds(store: Store, template_id: str) -> int:
+    query = select(func.count()).select_from(template_builds).where(template_builds.c.template_id == template_id)
+    async with store.read() as connection:
+        return int((await connection.execute(query)).scalar_one())
 
 
 async def builds_page(
