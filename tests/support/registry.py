@@ -49,6 +49,7 @@ class File:
     uid: int = 0
     kind: bytes = tarfile.REGTYPE
     target: str = ""
+    device: tuple[int, int] = (0, 0)
 
 
 def folder(name: str, mode: int = 0o755, uid: int = 0) -> File:
@@ -70,6 +71,7 @@ def layer(files: Sequence[File]) -> bytes:
         for file in files:
             info = tarfile.TarInfo(file.name)
             info.type, info.mode, info.uid, info.gid = file.kind, file.mode, file.uid, file.uid
+            info.devmajor, info.devminor = file.device
             info.linkname, info.size, info.mtime = file.target, len(file.data), 1_600_000_000
             tar.addfile(info, io.BytesIO(file.data))
     return gzip.compress(raw.getvalue(), 1, mtime=0)

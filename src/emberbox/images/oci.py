@@ -69,12 +69,14 @@ class Images:
         credentials: Credentials | None,
         tell: Callable[[str], None],
         progress: Callable[[str, float], None],
+        keep: Callable[[str], None],
     ) -> Pulled:
         """Have an image's layer in the store. Its registry is asked each time, also for leave to use it.
 
         Args:
             tell: called with a line for the log.
             progress: called with what is being done and the fraction (0..1) of the whole build.
+            keep: told of the layer as soon as it is there.
 
         Raises:
             ImageError: the image cannot be had or used; says why.
@@ -95,10 +97,11 @@ class Images:
                 manifest = await source.manifest()
                 async with self._turns.setdefault(manifest.digest, asyncio.Lock()):
                     if (found := await asyncio.to_thread(self._find, manifest)) is not None:
+                        keep(found.digest)
                         tell(f"CACHED {reference} ({manifest.digest[:19]})")
                         return found
                     tell(f"Pulling {reference} ({manifest.compressed_bytes / MIB:.0f} MiB compressed)")
-                    return await self._pull(source, manifest, str(reference), folder, tell, progress)
+                    return await self._pull(source, manifest, str(reference), folder, tell, progress, keep)
         finally:
             await to_thread_whole(shutil.rmtree, folder, ignore_errors=True)
 
@@ -110,6 +113,7 @@ class Images:
         folder: Path,
         tell: Callable[[str], None],
         progress: Callable[[str, float], None],
+        keep: Callable[[str], None],
     ) -> Pulled:
         await asyncio.to_thread(self._check_room, manifest)
         layout = folder / "oci"
@@ -123,6 +127,7 @@ class Images:
             await to_thread_whole(shutil.rmtree, layout)
             progress("Packing the image's layer", 0.22)
             layer = await self._store.pack(root)
+            keep(layer.digest)
         pulled = Pulled(layer.digest, layer.size_bytes, _environment(config))
         with contextlib.suppress(OSError):  # costs the next build time, nothing else
             await asyncio.to_thread(self._remember, manifest, pulled)

@@ -63,6 +63,7 @@ _MEANINGS = (
         r"TLS handshake timeout|EOF$",
         "the registry cannot be reached",
     ),
+    (r"digest did not match|does not match digest", "what the registry sent is not what its manifest says"),
     (r"no space left on device", "this node's disk is full"),
 )
 

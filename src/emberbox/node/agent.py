@@ -185,7 +185,8 @@ class Agent:
             connection = await self._connect(2 * self._scale)
             try:
                 await self._send_head(connection, "POST", target, headers)
-                await self._send_file(connection, source, size)
+                with suppress(BrokenPipeError, ConnectionResetError):  # it refused early; its answer says why
+                    await self._send_file(connection, source, size)
                 async for part in self._parts(connection, reader):
                     said += part
             finally:

@@ -40,7 +40,7 @@ log = structlog.get_logger("emberbox.node")
 
 _KEPT_SECONDS = 900.0
 """How long an ended build can still be followed."""
-_KEPT_BUILDS = 100
+_KEPT_BUILDS = 20
 
 
 @dataclass(slots=True)
@@ -206,9 +206,14 @@ class Builds:
         try:
             await finish(self._record(made.image))
         except BaseException:
-            await finish(self._preparing.forget(new.build_id))
+            await finish(self._unmake(new.build_id))
             raise
         return Done(made.image, made.size_bytes)
+
+    async def _unmake(self, build_id: str) -> None:
+        """What was written down of a build that was given up in its last moment."""
+        await asyncio.to_thread((self._records / f"{build_id}.json").unlink, missing_ok=True)
+        await self._preparing.forget(build_id)
 
     async def _record(self, image: Image) -> None:
         """Write down that a build stands on its layers; older word that one is unwanted no longer counts."""

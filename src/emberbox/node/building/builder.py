@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -48,13 +48,12 @@ class Link:
     """Returns whether files may have changed."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Made:
-    """What a build gave. `new_layers` are those that it made or took from the cache."""
+    """What a build gave."""
 
     image: Image
     size_bytes: int
-    new_layers: set[str] = field(default_factory=set)
 
 
 class Builder:
@@ -85,19 +84,16 @@ class Builder:
             StepFailed, NodeError, RuntimeFailure, ImageError, OSError: the build failed at `journal.step`.
         """
         journal.step = BASE_STEP
-        base = await self._sources.base(new, journal)
-        for digest in base.layers:
-            keep(digest)
+        base = await self._sources.base(new, journal, keep)
         links, works = await self._links(new, base, journal)
         state = works[-1].after if works else base.state
         made = MadeLayer("", 0)
         if links:
             with self._cache.held(*(link.key for link in links)):
-                made = await self._chain(new, base, links, state, journal)
+                made = await self._chain(new, base, links, state, journal, keep)
         journal.step = FINAL_STEP
         layers = base.layers
         if made.digest:
-            keep(made.digest)
             layers = (*layers, made.digest)
         inherit = not new.start_command and not new.ready_command
         image = Image(
@@ -109,7 +105,8 @@ class Builder:
             start_command=base.start_command if inherit else new.start_command,
             ready_command=base.ready_command if inherit else new.ready_command,
         )
-        if image.start_command or image.ready_command:
+        # Where memory can be saved the commands are tried when that is done.
+        if (image.start_command or image.ready_command) and not self._hosting.runtime.capabilities.memory_snapshots:
             await try_commands(self._hosting, image, new.limits, journal, self._settings.ready_seconds)
         return Made(image, base.size_bytes + made.size_bytes)
 
@@ -141,7 +138,13 @@ class Builder:
         return Link(work.key, work.step.name, f"[{work.step.name}/{count}] {work.step}", work.forced, do_step)
 
     async def _chain(
-        self, new: NewBuild, base: Base, links: Sequence[Link], state: BuildState, journal: Journal
+        self,
+        new: NewBuild,
+        base: Base,
+        links: Sequence[Link],
+        state: BuildState,
+        journal: Journal,
+        keep: Callable[[str], None],
     ) -> MadeLayer:
         """Do what the cache does not have, and return the layer that it comes to."""
         done = await asyncio.to_thread(self._cached, links)
@@ -152,11 +155,19 @@ class Builder:
         packed = final_key(links[-1].key, state)
         if done == len(links):
             known = await self._cache.made(packed)
-            if known is not None and (not known.digest or self._store.path(known.digest) is not None):
+            if known is not None and not known.digest:
+                return known
+            if known is not None and self._store.path(known.digest) is not None:
+                keep(known.digest)
                 return known
         else:
             await self._do(new, base, links, done, journal)
-        return await self._pack(base, links[-1].key, packed, journal)
+        made = await self._pack(base, links[-1].key, journal)
+        if made.digest:
+            keep(made.digest)
+        with contextlib.suppress(OSError):  # costs the next build time, nothing else
+            await self._cache.keep_made(packed, made)
+        return made
 
     def _cached(self, links: Sequence[Link]) -> int:
         """How many links need not be done: a key stands for the whole chain before it."""
@@ -173,27 +184,23 @@ class Builder:
                 journal.log(link.label)
                 journal.progress(link.label[:200], 0.3 + 0.6 * number / len(links))
                 if await link.do(machine):
-                    async with self._cache.new(link.key, link.label) as folder:
+                    async with self._cache.new(link.key, link.label, replace=link.forced) as folder:
                         await machine.save(folder)
                 else:
-                    await self._cache.share(before, link.key, link.label)
+                    await self._cache.share(before, link.key, link.label, replace=link.forced)
                 before = link.key
 
-    async def _pack(self, base: Base, key: str, packed: str, journal: Journal) -> MadeLayer:
+    async def _pack(self, base: Base, key: str, journal: Journal) -> MadeLayer:
         journal.step = FINAL_STEP
         upper = self._cache.upper(key)
         if upper is None:
-            made = MadeLayer("", 0)
-        else:
-            if len(base.layers) >= _MOST_LAYERS:
-                raise StepFailed(
-                    f"the template that this one is built from stands on {len(base.layers)} others, and "
-                    f"{_MOST_LAYERS} are the most; build it from an earlier one"
-                )
-            journal.log("Packing the layer")
-            journal.progress("Packing the layer", 0.92)
-            layer = await pack(self._hosting.runtime, self._store, upper, self._work_dir)
-            made = MadeLayer(layer.digest, layer.size_bytes)
-        with contextlib.suppress(OSError):  # costs the next build time, nothing else
-            await self._cache.keep_made(packed, made)
-        return made
+            return MadeLayer("", 0)
+        if len(base.layers) >= _MOST_LAYERS:
+            raise StepFailed(
+                f"the template that this one is built from stands on {len(base.layers)} others, and "
+                f"{_MOST_LAYERS} are the most; build it from an earlier one"
+            )
+        journal.log("Packing the layer")
+        journal.progress("Packing the layer", 0.92)
+        layer = await pack(self._hosting.runtime, self._store, upper, self._work_dir)
+        return MadeLayer(layer.digest, layer.size_bytes)

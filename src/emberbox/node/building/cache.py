@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -84,35 +85,44 @@ class StepCache:
         await asyncio.to_thread(touch)
 
     @contextlib.asynccontextmanager
-    async def new(self, key: str, step: str) -> AsyncIterator[Path]:
+    async def new(self, key: str, step: str, *, replace: bool = False) -> AsyncIterator[Path]:
         """A folder to put `upper.ext4` into. It becomes the entry at the end of the block, or is removed when that
-        fails."""
+        fails.
+
+        Args:
+            replace: it counts more than an entry that is there, or that another build makes at the same time.
+        """
         draft = self._steps / f"{_DRAFT}{secrets.token_hex(8)}"
         await to_thread_whole(draft.mkdir, mode=0o700, parents=True)
         try:
             yield draft
-            await to_thread_whole(self._keep, draft, key, step)
+            await to_thread_whole(self._keep, draft, key, step, replace)
         except BaseException:
             await to_thread_whole(shutil.rmtree, draft, ignore_errors=True)
             raise
 
-    async def share(self, before: str, key: str, step: str) -> None:
+    async def share(self, before: str, key: str, step: str, *, replace: bool = False) -> None:
         """The step changed no file: its entry has the disk of the one before."""
-        async with self.new(key, step) as folder:
+        async with self.new(key, step, replace=replace) as folder:
             upper = self.upper(before)
             if upper is not None:
                 await to_thread_whole(os.link, upper, folder / UPPER)
 
-    def _keep(self, draft: Path, key: str, step: str) -> None:
+    def _keep(self, draft: Path, key: str, step: str, replace: bool) -> None:
         target = self._steps / key
         write_file(draft / _META, json.dumps({"step": step[:200]}).encode(), flush=False)
-        if target.exists():  # a forced step, or another build made the same meanwhile
-            gone = self._steps / f"{_DRAFT}{secrets.token_hex(8)}"
-            target.rename(gone)
+        try:
             draft.rename(target)
-            shutil.rmtree(gone, ignore_errors=True)
-        else:
-            draft.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if replace:  # a build may be reading the old disk at this moment: there is always a whole one
+                if (draft / UPPER).exists():
+                    (draft / UPPER).replace(target / UPPER)
+                else:
+                    (target / UPPER).unlink(missing_ok=True)
+                (draft / _META).replace(target / _META)
+            shutil.rmtree(draft, ignore_errors=True)
 
     # ---- layers
 

@@ -10,7 +10,9 @@ from emberbox.node.building.model import BASE_STEP, BuildEvent, LogLine, Outcome
 from emberbox.node.errors import NodeBusy
 from emberbox.node.model import now_ms
 
-_KEPT_BYTES = 32 * 1024 * 1024
+_KEPT_BYTES = 16 * 1024 * 1024
+_LINE_BYTES = 200
+"""What a line costs besides its message."""
 _LINE_CHARACTERS = 8192
 _BATCH = 500
 
@@ -37,9 +39,9 @@ class Journal:
             message = message[:_LINE_CHARACTERS] + "..."
         self._lines.append(LogLine(self.next, now_ms(), level, message, self.step))
         self.next += 1
-        self._bytes += len(message)
+        self._bytes += len(message) + _LINE_BYTES
         while self._bytes > self._kept_bytes and len(self._lines) > 1:
-            self._bytes -= len(self._lines.popleft().message)
+            self._bytes -= len(self._lines.popleft().message) + _LINE_BYTES
         self._wake()
 
     def progress(self, stage: str, fraction: float) -> None:

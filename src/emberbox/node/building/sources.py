@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from emberbox.node.building.journal import Journal
 from emberbox.node.building.model import DEFAULT_USER, DEFAULT_WORKDIR, SANE_PATH, NewBuild
 from emberbox.node.building.plan import BuildState
 from emberbox.node.errors import BadValue, LayerMissing
+from emberbox.node.model import Image
 from emberbox.settings import Settings
 
 
@@ -45,19 +47,27 @@ class Sources:
         """What sandboxes inherit from this host."""
         return await asyncio.to_thread(read_host_network) if self._settings.inherit_host_network else HostNetwork()
 
-    async def base(self, new: NewBuild, journal: Journal) -> Base:
+    async def base(self, new: NewBuild, journal: Journal, keep: Callable[[str], None]) -> Base:
         """
+        Args:
+            keep: told of every layer before anything else can remove it.
+
         Raises:
             ImageError: the recipe or the image cannot be had; says why.
             LayerMissing: a layer of the other build is not on this node.
             BadValue: it starts from nothing.
         """
         if new.recipe:
-            return await self._from_recipe(new, journal)
+            base = await self._from_recipe(new, journal)
+            for digest in base.layers:
+                keep(digest)
+            return base
         if new.from_build is not None:
-            return await self._from_build(new)
+            for digest in new.from_build.layers:
+                keep(digest)
+            return await self._from_build(new.from_build)
         if new.from_image:
-            return await self._from_image(new, journal)
+            return await self._from_image(new, journal, keep)
         raise BadValue("a build needs a recipe, an image or another build to start from")
 
     async def _from_recipe(self, new: NewBuild, journal: Journal) -> Base:
@@ -67,9 +77,7 @@ class Sources:
         state = BuildState(env=built.env, user=built.default_user, workdir=built.default_workdir)
         return Base(built.layers, state, built.size_bytes)
 
-    async def _from_build(self, new: NewBuild) -> Base:
-        image = new.from_build
-        assert image is not None
+    async def _from_build(self, image: Image) -> Base:
         size = 0
         for digest in image.layers:
             path = await asyncio.to_thread(self._store.path, digest)
@@ -83,8 +91,8 @@ class Sources:
         )
         return Base(image.layers, state, size, start_command=image.start_command, ready_command=image.ready_command)
 
-    async def _from_image(self, new: NewBuild, journal: Journal) -> Base:
-        pulled = await self._images.pull(new.from_image, new.credentials, journal.log, journal.progress)
+    async def _from_image(self, new: NewBuild, journal: Journal, keep: Callable[[str], None]) -> Base:
+        pulled = await self._images.pull(new.from_image, new.credentials, journal.log, journal.progress, keep)
         host = await self.host_network()
         path = pulled.env.get("PATH", "")
         state = BuildState(env={**pulled.env, **host.env})
