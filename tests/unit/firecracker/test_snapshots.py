@@ -69,6 +69,55 @@ def test_merging_leaves_one_whole_piece_with_the_newest_pages(saved: tuple[Path,
     snapshots.verify(folder, merged, Trusted())
 
 
+def pages(path: Path) -> list[bytes]:
+    memory = path.read_bytes()
+    return [memory[page * PAGE : page * PAGE + 1] for page in range(4)]
+
+
+def test_a_machine_is_loaded_from_all_its_pieces_before_they_are_merged(saved: tuple[Path, Manifest]) -> None:
+    folder, manifest = saved
+    trusted = Trusted()
+
+    whole = snapshots.make_whole(folder, manifest.pieces, trusted)
+
+    assert pages(whole) == [b"a", b"b", b"c", b"\0"]
+    assert snapshots.read_manifest(folder) == manifest
+    made = whole.stat()
+    assert snapshots.make_whole(folder, manifest.pieces, trusted).stat() == made, "made twice"
+    settled = snapshots.settle_whole(folder, manifest)
+    merged = snapshots.adopt_whole(folder, manifest, settled)
+    assert sorted(path.name for path in folder.glob("memory.*")) == ["memory.2m"]
+    snapshots.verify(folder, merged, Trusted())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_was_merged_for_the_last_save_is_brought_up_to_date(
+    saved: tuple[Path, Manifest], tmp_path: Path, shared: bool
+) -> None:
+    folder, manifest = saved
+    trusted = Trusted()
+    earlier = snapshots.make_whole(folder, manifest.pieces[:2], trusted)
+    inode = earlier.stat().st_ino
+    other = tmp_path / "mapped"
+    if shared:
+        other.hardlink_to(earlier)
+
+    whole = snapshots.make_whole(folder, manifest.pieces, trusted)
+
+    assert pages(whole) == [b"a", b"b", b"c", b"\0"]
+    assert (whole.stat().st_ino == inode) is not shared
+    assert not shared or pages(other) == [b"a", b"b", b"b", b"\0"], "changed under the machine that has it mapped"
+
+
+def test_what_another_process_had_merged_is_not_believed(saved: tuple[Path, Manifest]) -> None:
+    folder, manifest = saved
+    (folder / snapshots.WHOLE).write_bytes(b"half")
+
+    whole = snapshots.make_whole(folder, manifest.pieces, Trusted())
+
+    assert pages(whole) == [b"a", b"b", b"c", b"\0"]
+
+
 def test_merging_does_not_touch_pieces_that_others_share(saved: tuple[Path, Manifest], tmp_path: Path) -> None:
     folder, manifest = saved
     other = tmp_path / "template.memory"

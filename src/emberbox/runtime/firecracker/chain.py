@@ -8,13 +8,14 @@ next save must be a whole one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from emberbox.runtime.firecracker.snapshots import Piece, merge_pieces
+from emberbox.runtime.firecracker.snapshots import WHOLE, Piece, merge_pieces
 
 _LIST = "chain.json"
 _UNSURE = "unsure"
@@ -27,12 +28,15 @@ class Chain:
         self._folder = folder
 
     def begin(self, pieces: tuple[Piece, ...] = (), source: Path | None = None) -> None:
-        """Start anew with `pieces` linked from the folder `source`; with none, the next save is a whole one."""
+        """Start anew with `pieces`, and `WHOLE` where it is, linked from the folder `source`; with none, the next save
+        is a whole one."""
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(mode=0o700)
         if source is not None:
             for piece in pieces:
                 os.link(source / piece.name, self._folder / piece.name)
+            if len(pieces) > 1:
+                link_whole(source, self._folder)
         self._write(pieces)
 
     @property
@@ -45,6 +49,10 @@ class Chain:
             return tuple(Piece(**piece) for piece in listed)
         except (OSError, ValueError, TypeError):
             return ()
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
 
     def path(self, piece: Piece) -> Path:
         return self._folder / piece.name
@@ -60,7 +68,7 @@ class Chain:
                 os.link(source / piece.name, self.path(piece))
         self._write(pieces)
         (self._folder / _UNSURE).unlink(missing_ok=True)
-        kept = {_LIST, *(piece.name for piece in pieces)}
+        kept = {_LIST, WHOLE, *(piece.name for piece in pieces)}
         for path in self._folder.iterdir():
             if path.name not in kept and path.is_file():
                 path.unlink()
@@ -76,6 +84,7 @@ class Chain:
         now = self.pieces
         if now[: len(pieces)] == pieces:
             self.replace((whole, *now[len(pieces) :]), self._merged)
+            (self._folder / WHOLE).unlink(missing_ok=True)  # holds pieces that are no longer the chain's
         shutil.rmtree(self._merged, ignore_errors=True)
 
     @property
@@ -86,3 +95,9 @@ class Chain:
         work = self._folder / f"{_LIST}.new"
         work.write_text(json.dumps([asdict(piece) for piece in pieces]))
         work.rename(self._folder / _LIST)
+
+
+def link_whole(source: Path, target: Path) -> None:
+    """Hard-link `WHOLE` from one folder into another where it is: what was merged once is not merged again."""
+    with contextlib.suppress(FileNotFoundError):
+        os.link(source / WHOLE, target / WHOLE)

@@ -18,9 +18,10 @@ from emberbox.runtime.base import MIB, Limits, MachineSpec, Saved, Stats
 from emberbox.runtime.errors import MachineGone, NotSupported, RuntimeFailure
 from emberbox.runtime.firecracker import snapshots
 from emberbox.runtime.firecracker.api import Firecracker
-from emberbox.runtime.firecracker.chain import Chain
+from emberbox.runtime.firecracker.chain import Chain, link_whole
 from emberbox.runtime.firecracker.errors import ApiError, ApiUnreachable
 from emberbox.runtime.firecracker.jail import OUT, Jail, cgroup_version
+from emberbox.threads import to_thread_whole
 
 log = structlog.get_logger(__name__)
 
@@ -174,15 +175,20 @@ class MicroVM:
         )
         saved = Saved(runtime=NAME, directory=into, upper=into / snapshots.UPPER, memory=True)
         await self._after_save(saved)
-        if len(below) >= _LONGEST_CHAIN and self._shortening is None:
-            self._shortening = asyncio.create_task(self._shorten_chain(), name=f"shorten {self.spec.machine_id}")
+        if was_running:  # one that was paused for this is about to end
+            self.shorten_soon()
         return saved
+
+    def shorten_soon(self) -> None:
+        """Merge what lies behind the machine in the background when it has become long."""
+        if len(self._chain.pieces) >= _LONGEST_CHAIN and self._shortening is None:
+            self._shortening = asyncio.create_task(self._shorten_chain(), name=f"shorten {self.spec.machine_id}")
 
     async def _shorten_chain(self) -> None:
         """Merge what lies behind the machine, without keeping it from being saved meanwhile."""
         try:
             pieces = self._chain.pieces
-            whole = await asyncio.to_thread(self._chain.merge, pieces)
+            whole = await to_thread_whole(self._chain.merge, pieces)
             async with self._changing:
                 self._chain.replace_merged(pieces, whole)
         except OSError as error:
@@ -204,6 +210,8 @@ class MicroVM:
             sparse.dig_holes(into / name)
         for piece in below:
             os.link(self._chain.path(piece), into / piece.name)
+        if below:
+            link_whole(self._chain.folder, into)
         pieces = (*below, snapshots.Piece(name, sparse.checksum(into / name)))
         snapshots.Manifest(
             firecracker=self._version,

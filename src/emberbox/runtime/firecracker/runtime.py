@@ -23,11 +23,14 @@ from emberbox.runtime.firecracker.chain import Chain
 from emberbox.runtime.firecracker.errors import ApiError, ApiUnreachable, FirecrackerError, JailerError
 from emberbox.runtime.firecracker.jail import SOCKET, Jail, JailerSettings
 from emberbox.runtime.firecracker.machine import NAME, MicroVM
+from emberbox.threads import to_thread_whole
 
 log = structlog.get_logger(__name__)
 
 _PR_SET_THP_DISABLE = 41
 _END_SECONDS = 10.0
+_MERGE_AFTER_SECONDS = 2.0
+"""A machine that is resumed at once, or ended at once, is spared the work."""
 _KERNEL, _INITRAMFS, _UPPER, _STATE, _MEMORY = "kernel", "initramfs", "upper", "state", "memory"
 
 
@@ -92,12 +95,11 @@ class FirecrackerRuntime:
         """Load a saved machine. It runs when this returns, with the clock and identity of the moment it was saved."""
         if saved.runtime != NAME or not saved.memory:
             raise SavedDamaged(f"a machine saved by '{saved.runtime}' without memory cannot be restored, only started")
-        async with self._folder_lock(saved.directory):
-            manifest = await asyncio.to_thread(self._prepare, saved.directory)
-        _refuse_other_size(spec, manifest)
         chain = self._chain(spec)
-        await asyncio.to_thread(chain.begin, manifest.pieces, saved.directory)
-        links = {_STATE: saved.directory / snapshots.STATE, _MEMORY: chain.path(manifest.pieces[0])}
+        async with self._folder_lock(saved.directory):
+            manifest, memory = await to_thread_whole(self._prepare, saved.directory, chain)
+        _refuse_other_size(spec, manifest)
+        links = {_STATE: saved.directory / snapshots.STATE, _MEMORY: memory}
         async with self._jailed(spec, links) as (cell, identity, api):
             try:
                 await api.load_snapshot(state=f"/{_STATE}", memory=f"/{_MEMORY}", resume=True)
@@ -106,7 +108,9 @@ class FirecrackerRuntime:
                     f"the machine saved by Firecracker {manifest.firecracker} cannot be restored by "
                     f"{self._version}: {error.fault}"
                 ) from error
-        return self._machine(spec, cell, identity, api, chain, paused=False)
+        machine = self._machine(spec, cell, identity, api, chain, paused=False)
+        machine.shorten_soon()
+        return machine
 
     async def adopt(self, spec: MachineSpec, record: dict[str, Any]) -> MicroVM | None:
         cell = self._cell(spec)
@@ -148,22 +152,39 @@ class FirecrackerRuntime:
             task.add_done_callback(self._merging.discard)
 
     async def _merge(self, folder: Path) -> None:
-        async with self._one_merge, self._folder_lock(folder):
-            try:
-                await asyncio.to_thread(lambda: self._merge_now(folder, snapshots.read_manifest(folder)))
-            except (OSError, RuntimeFailure) as error:
-                # Not lost: the pieces are still there, and the restore merges them itself.
-                log.warning("microvm.merge_failed", folder=str(folder), reason=str(error))
+        """Make the pieces of a saved machine one. Restores and copies of it go on meanwhile."""
+        await asyncio.sleep(_MERGE_AFTER_SECONDS)
+        try:
+            async with self._one_merge:
+                async with self._folder_lock(folder):
+                    manifest = await to_thread_whole(self._make_whole, folder)
+                if len(manifest.pieces) == 1:
+                    return
+                whole = await to_thread_whole(snapshots.settle_whole, folder, manifest)
+                async with self._folder_lock(folder):
+                    await to_thread_whole(self._adopt_whole, folder, manifest, whole)
+        except (OSError, RuntimeFailure) as error:
+            if not await asyncio.to_thread(folder.exists):
+                return  # resumed or deleted meanwhile
+            # Not lost: the pieces are still there, and the restore merges them itself.
+            log.warning("microvm.merge_failed", folder=str(folder), reason=str(error))
 
-    def _prepare(self, folder: Path) -> snapshots.Manifest:
+    def _prepare(self, folder: Path, chain: Chain) -> tuple[snapshots.Manifest, Path]:
+        """Check what was saved and link its memory to the machine's chain; returns also the file to load."""
         manifest = snapshots.read_manifest(folder)
         snapshots.verify(folder, manifest, self._trusted)
-        return self._merge_now(folder, manifest)
+        whole = snapshots.make_whole(folder, manifest.pieces, self._trusted)
+        chain.begin(manifest.pieces, folder)
+        return manifest, chain.folder / whole.name
 
-    def _merge_now(self, folder: Path, manifest: snapshots.Manifest) -> snapshots.Manifest:
-        merged = snapshots.merge(folder, manifest)
-        self._trusted.add(folder / merged.pieces[0].name)
-        return merged
+    def _make_whole(self, folder: Path) -> snapshots.Manifest:
+        manifest = snapshots.read_manifest(folder)
+        snapshots.make_whole(folder, manifest.pieces, self._trusted)
+        return manifest
+
+    def _adopt_whole(self, folder: Path, manifest: snapshots.Manifest, whole: snapshots.Piece) -> None:
+        snapshots.adopt_whole(folder, manifest, whole)
+        self._trusted.add(folder / whole.name)
 
     @contextlib.asynccontextmanager
     async def _folder_lock(self, folder: Path) -> AsyncIterator[None]:

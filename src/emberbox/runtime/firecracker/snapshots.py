@@ -7,6 +7,9 @@ One folder holds all of it, so that its parts live and go together:
     memory.N        pieces of memory, lowest N first: a whole one, then the pages changed since
     upper           the writable disk at the same instant
 
+    whole           all pieces in one, for a restore that does not wait until they are merged; derived, and used only by
+                    the process that made it
+
 Pieces never change once written, and are hard links where several folders share them (a template's memory is in
 every sandbox saved from it, and on the disk once).
 """
@@ -25,6 +28,7 @@ from emberbox.runtime.errors import SavedDamaged
 FORMAT = 1
 STATE = "state"
 UPPER = "upper"
+WHOLE = "whole"
 _MANIFEST = "manifest.json"
 
 
@@ -87,6 +91,7 @@ class Trusted:
 
     def __init__(self) -> None:
         self._marks: set[tuple[int, int, int]] = set()
+        self._wholes: dict[tuple[int, int, int], tuple[Piece, ...]] = {}
 
     def add(self, path: Path) -> None:
         if len(self._marks) >= self._MOST:
@@ -97,6 +102,19 @@ class Trusted:
 
     def __contains__(self, path: Path) -> bool:
         return _mark(path) in self._marks
+
+    def add_whole(self, path: Path, pieces: tuple[Piece, ...]) -> None:
+        """Remember that the file holds all of `pieces`."""
+        if len(self._wholes) >= self._MOST:
+            self._wholes.clear()
+        mark = _mark(path)
+        if mark is not None:
+            self._wholes[mark] = pieces
+
+    def held(self, path: Path) -> tuple[Piece, ...]:
+        """Return the pieces that the file `WHOLE` holds; none when another process made it, or somebody changed it."""
+        mark = _mark(path)
+        return () if mark is None else self._wholes.get(mark, ())
 
 
 def verify(folder: Path, manifest: Manifest, trusted: Trusted) -> None:
@@ -115,6 +133,48 @@ def verify(folder: Path, manifest: Manifest, trusted: Trusted) -> None:
         raise SavedDamaged("the saved machine is incomplete: its disk is missing")
 
 
+def make_whole(folder: Path, pieces: tuple[Piece, ...], trusted: Trusted) -> Path:
+    """Return one file with the memory of all `pieces`, to load a machine from: the only piece, or `WHOLE`.
+
+    What is there of an earlier save is brought up to date in place when nobody else has it: then the work is what
+    changed since. Nothing is flushed or summed up here; after a crash it is made anew from the pieces.
+    """
+    if len(pieces) == 1:
+        return folder / pieces[0].name
+    path = folder / WHOLE
+    held = trusted.held(path)
+    if held == pieces:
+        return path
+    own = bool(held) and held == pieces[: len(held)] and path.stat().st_nlink == 1
+    try:
+        if not own:
+            path.unlink(missing_ok=True)
+            sparse.clone(folder / pieces[0].name, path, mode=0o444)
+        for piece in pieces[len(held) if own else 1 :]:
+            sparse.overlay(folder / piece.name, path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    trusted.add_whole(path, pieces)
+    return path
+
+
+def settle_whole(folder: Path, manifest: Manifest) -> Piece:
+    """Put `WHOLE`, which holds all of the manifest's pieces, safely on the disk; returns the piece it can become.
+
+    Takes as long as reading and writing all of it. `adopt_whole` makes it the machine's memory.
+    """
+    path = folder / WHOLE
+    _sync(path)
+    return Piece(f"memory.{number_of(manifest.pieces[-1])}m", sparse.checksum(path))
+
+
+def adopt_whole(folder: Path, manifest: Manifest, whole: Piece) -> Manifest:
+    """Make what `settle_whole` returned the only piece. A crash leaves the old manifest with its pieces, or the new."""
+    (folder / WHOLE).rename(folder / whole.name)
+    return _replace_pieces(folder, manifest, whole)
+
+
 def merge(folder: Path, manifest: Manifest) -> Manifest:
     """Make one whole piece out of several, so that the machine can be loaded from it; returns the new manifest.
 
@@ -122,7 +182,10 @@ def merge(folder: Path, manifest: Manifest) -> Manifest:
     """
     if len(manifest.pieces) == 1:
         return manifest
-    whole = merge_pieces(folder, manifest.pieces, folder)
+    return _replace_pieces(folder, manifest, merge_pieces(folder, manifest.pieces, folder))
+
+
+def _replace_pieces(folder: Path, manifest: Manifest, whole: Piece) -> Manifest:
     merged = Manifest(
         firecracker=manifest.firecracker,
         cpu_count=manifest.cpu_count,
