@@ -110,6 +110,31 @@ async def test_a_build_stands_on_another(node: NodeProcess) -> None:
     assert len(told.image.layers) == len(base.image.layers) + 1
 
 
+async def test_a_long_row_of_builds_is_packed_into_one_layer(node: NodeProcess) -> None:
+    told = await build(node, step("RUN", "mkdir /srv/d && echo 0 > /srv/d/0 && rm /etc/issue", "root"))
+    for number in range(1, 10):
+        command = f"mv /srv/d /srv/e && mv /srv/e /srv/d && echo {number} > /srv/d/{number} && rm /srv/d/{number - 1}"
+        told = await build(node, step("RUN", command, "root"), from_build=told.image)
+
+    output = await look(
+        node, told.image, "ls -A /srv /srv/d; ls /etc/issue; stat -c '%U %a' ~ /usr/bin/sudo; sudo id -u"
+    )
+
+    assert len(told.image.layers) == 1
+    assert output.text.splitlines() == [
+        "/srv:",
+        "d",
+        "",
+        "/srv/d:",
+        "9",
+        "ls: cannot access '/etc/issue': No such file or directory",
+        "user 755",
+        "root 4755",
+        "0",
+    ]
+    assert leftovers(node) == []
+
+
 async def test_a_build_without_steps_adds_nothing(node: NodeProcess) -> None:
     told = await build(node, step("ENV", "A", "1"), step("USER", "root"))
 

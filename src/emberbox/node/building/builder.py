@@ -20,7 +20,7 @@ from emberbox.node.building.commands import try_commands
 from emberbox.node.building.journal import Journal
 from emberbox.node.building.machine import BuildMachine, build_machine
 from emberbox.node.building.model import BASE_STEP, FINAL_STEP, NewBuild, StepFailed
-from emberbox.node.building.pack import pack
+from emberbox.node.building.pack import pack, pack_all, written_by_guests
 from emberbox.node.building.plan import BuildState, Work, base_key, chain, final_key
 from emberbox.node.building.provision import fingerprint, provision
 from emberbox.node.building.sources import Base, Sources
@@ -94,7 +94,7 @@ class Builder:
         journal.step = FINAL_STEP
         layers = base.layers
         if made.digest:
-            layers = (*layers, made.digest)
+            layers = (made.digest,) if made.whole else (*layers, made.digest)
         inherit = not new.start_command and not new.ready_command
         image = Image(
             build_id=new.build_id,
@@ -108,7 +108,7 @@ class Builder:
         # Where memory can be saved the commands are tried when that is done.
         if (image.start_command or image.ready_command) and not self._hosting.runtime.capabilities.memory_snapshots:
             await try_commands(self._hosting, image, new.limits, journal, self._settings.ready_seconds)
-        return Made(image, base.size_bytes + made.size_bytes)
+        return Made(image, made.size_bytes if made.whole else base.size_bytes + made.size_bytes)
 
     # ---- the chain
 
@@ -195,12 +195,16 @@ class Builder:
         upper = self._cache.upper(key)
         if upper is None:
             return MadeLayer("", 0)
-        if len(base.layers) >= _MOST_LAYERS:
-            raise StepFailed(
-                f"the template that this one is built from stands on {len(base.layers)} others, and "
-                f"{_MOST_LAYERS} are the most; build it from an earlier one"
-            )
         journal.log("Packing the layer")
         journal.progress("Packing the layer", 0.92)
-        layer = await pack(self._hosting.runtime, self._store, upper, self._work_dir)
-        return MadeLayer(layer.digest, layer.size_bytes)
+        if len(base.layers) < _MOST_LAYERS:
+            layer = await pack(self._hosting.runtime, self._store, upper, self._work_dir)
+            return MadeLayer(layer.digest, layer.size_bytes)
+        if written_by_guests(self._hosting.runtime):
+            raise StepFailed(
+                f"the template that this one is built from stands on {len(base.layers)} layers, and "
+                f"{_MOST_LAYERS} are the most; build it from an earlier one"
+            )
+        stack = [self._hosting.disks.layer(digest) for digest in base.layers]
+        layer = await pack_all(self._store, stack, upper, self._work_dir)
+        return MadeLayer(layer.digest, layer.size_bytes, whole=True)

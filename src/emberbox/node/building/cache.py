@@ -40,6 +40,8 @@ class MadeLayer:
 
     digest: str
     size_bytes: int
+    whole: bool = False
+    """It stands for the layers below it, too."""
 
 
 class StepCache:
