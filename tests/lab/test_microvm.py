@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +9,7 @@ from e2b import Sandbox
 
 NewSandbox = Callable[[], Sandbox]
 InLab = Callable[[str], str]
-PATIENCE = 300.0
+PATIENCE = 450.0
 
 
 def run(sandbox: Sandbox, command: str, user: str = "user") -> str:
@@ -70,26 +69,6 @@ def test_the_clock_of_a_restored_machine_is_right(new_sandbox: NewSandbox, in_la
     after = float(in_lab("date +%s.%N"))
 
     assert before - 0.05 <= inside <= after + 0.05
-
-
-def test_processes_and_files_survive_pause_and_resume_again_and_again(new_sandbox: NewSandbox, in_lab: InLab) -> None:
-    sandbox = new_sandbox()
-    counter = "n=0; while true; do n=$((n+1)); echo $n > ~/count; sleep 0.2; done"
-    background = sandbox.commands.run(counter, background=True, timeout=0, request_timeout=PATIENCE)
-    run(sandbox, "mkdir -p ~/kept && exec 9<>~/kept/open; echo x > ~/kept/0")
-    last = 0
-
-    for turn in range(1, 6):
-        sandbox.pause(request_timeout=PATIENCE)
-        sandbox = Sandbox.connect(sandbox.sandbox_id, timeout=1800, request_timeout=PATIENCE)
-
-        time.sleep(1)
-        count = int(run(sandbox, "cat ~/count"))
-        assert count > last, f"the counter stands still after resume {turn}"
-        assert background.pid in [each.pid for each in sandbox.commands.list(request_timeout=PATIENCE)]
-        run(sandbox, f"echo {turn} > ~/kept/{turn}")
-        assert run(sandbox, "ls ~/kept | grep -c '^[0-9]*$'") == str(turn + 1)
-        last = count
 
 
 def test_a_pause_that_keeps_no_memory_boots_again_from_the_files(new_sandbox: NewSandbox) -> None:

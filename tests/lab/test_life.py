@@ -1,0 +1,266 @@
+"""The life of microVMs when things go wrong, and when they go on for long."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from e2b import Sandbox, SandboxException, SandboxState
+
+NewSandbox = Callable[[], Sandbox]
+InLab = Callable[[str], str]
+PATIENCE = 450.0
+NODE = "/var/lib/emberbox/node"
+
+
+def run(sandbox: Sandbox, command: str) -> str:
+    return sandbox.commands.run(command, timeout=PATIENCE, request_timeout=PATIENCE).stdout.strip()
+
+
+def connect(sandbox: Sandbox) -> Sandbox:
+    return Sandbox.connect(sandbox.sandbox_id, timeout=3600, request_timeout=PATIENCE)
+
+
+def state(sandbox: Sandbox) -> SandboxState:
+    return sandbox.get_info(request_timeout=PATIENCE).state
+
+
+def machine_of(in_lab: InLab, sandbox: Sandbox) -> tuple[str, int]:
+    """The machine's ID and the pid of its Firecracker."""
+    record = json.loads(in_lab(f"cat {NODE}/records/{sandbox.sandbox_id}.json"))
+    return record["machine"]["machine_id"], record["machine"]["facts"]["pid"]
+
+
+def remains(in_lab: InLab, machine: str) -> list[str]:
+    """What is left of a machine in processes, control groups, mounts and files."""
+    return in_lab(
+        f"pgrep -f -- [-]-id.{machine} || true; find /sys/fs/cgroup -name {machine};"
+        f" grep {machine} /proc/self/mountinfo || true; find {NODE} -name '{machine}*'"
+    ).split()
+
+
+def until(what: str, check: Callable[[], bool], seconds: float = 300.0) -> None:
+    end = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
+        time.sleep(1)
+
+
+def node_process(in_lab: InLab) -> int:
+    printed = in_lab("cd /opt/emberbox && .venv/bin/python -m emberbox status --json")
+    return next(int(each["pid"]) for each in json.loads(printed)["processes"] if each["name"] == "node")
+
+
+def node_is_back(in_lab: InLab, before: int) -> bool:
+    return int(in_lab(f"grep -c node.listening {NODE}/../logs/node.log")) > before
+
+
+@contextlib.contextmanager
+def node_killed_during(in_lab: InLab, after: float) -> Iterator[None]:
+    """Kill the node `after` seconds into the block, and wait until the next one works."""
+    before = int(in_lab(f"grep -c node.listening {NODE}/../logs/node.log"))
+    pid = node_process(in_lab)
+    with ThreadPoolExecutor(1) as pool:
+        killing = pool.submit(in_lab, f"sleep {after}; kill -9 {pid}")
+        with contextlib.suppress(SandboxException, OSError):
+            yield
+        killing.result()
+    until("the node is back", lambda: node_is_back(in_lab, before))
+
+
+def use_up_the_pool(new_sandbox: NewSandbox) -> None:
+    """Create more sandboxes than machines wait: those have their disk already."""
+    for _ in range(4):
+        new_sandbox()
+
+
+def test_many_clones_of_one_memory_are_all_different(new_sandbox: NewSandbox) -> None:
+    facts = (
+        "head -c 16 /dev/urandom | od -An -tx1 | tr -d ' '; cat /proc/sys/kernel/random/uuid;"
+        " python3 -c 'import uuid, ssl; print(uuid.uuid4()); print(ssl.RAND_bytes(16).hex())';"
+        " cat /proc/sys/kernel/random/boot_id /etc/machine-id"
+    )
+    names = ("/dev/urandom", "kernel uuid", "uuid4", "OpenSSL", "boot id", "machine id")
+
+    with ThreadPoolExecutor(4) as pool:
+        sandboxes = list(pool.map(lambda _: new_sandbox(), range(4)))
+    found = [run(sandbox, facts).splitlines() for sandbox in sandboxes]
+
+    for name, values in zip(names, zip(*found, strict=True), strict=True):
+        assert len(set(values)) == len(values), f"{name} is shared: {values}"
+
+
+def test_memory_and_processor_limits_hold_around_firecracker(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    sandbox = new_sandbox()
+    machine, pid = machine_of(in_lab, sandbox)
+
+    group = in_lab(f"cut -d: -f3 /proc/{pid}/cgroup").strip()
+
+    assert group.endswith(f"/{machine}")
+    memory, quota = in_lab(f"cat /sys/fs/cgroup{group}/memory.max /sys/fs/cgroup{group}/cpu.max").splitlines()
+    inside = int(run(sandbox, "awk '/MemTotal/ {print $2}' /proc/meminfo")) * 1024
+    assert inside < int(memory) <= inside + 256 * 1024 * 1024
+    assert quota == f"{int(run(sandbox, 'nproc')) * 100_000} 100000"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_twenty_resumes_lose_no_process_no_connection_and_no_file(new_sandbox: NewSandbox) -> None:
+    sandbox = new_sandbox()
+    loop = "n=0; while true; do n=$((n+1)); echo $n > ~/count; sleep 0.2; done"
+    counter = sandbox.commands.run(loop, background=True, timeout=0, request_timeout=PATIENCE)
+    # One TCP connection inside the guest, over which a line goes each time that ~/ask appears.
+    program = (
+        "import os, socket, time\n"
+        "a, b = socket.create_server(('127.0.0.1', 0)), None\n"
+        "c = socket.create_connection(a.getsockname()); b, _ = a.accept(); n = 0\n"
+        "held = open('/home/user/held', 'w+')\n"
+        "while True:\n"
+        "    if os.path.exists('/home/user/ask'):\n"
+        "        n += 1; c.sendall(b'x'); got = b.recv(1); held.write('y'); held.flush()\n"
+        "        os.rename('/home/user/ask', '/home/user/asked'); open('/home/user/said', 'w').write(f'{n} {got}')\n"
+        "    time.sleep(0.1)\n"
+    )
+    sandbox.files.write("/home/user/talk.py", program, request_timeout=PATIENCE)
+    talker = sandbox.commands.run("python3 ~/talk.py", background=True, timeout=0, request_timeout=PATIENCE)
+    boot_id = run(sandbox, "cat /proc/sys/kernel/random/boot_id; echo 0 > ~/file0")
+    last = 0
+
+    for turn in range(1, 21):
+        sandbox.pause(request_timeout=PATIENCE)
+        sandbox = connect(sandbox)
+
+        listed = [each.pid for each in sandbox.commands.list(request_timeout=PATIENCE)]
+        assert {counter.pid, talker.pid} <= set(listed), turn
+        ask = "touch ~/ask; while [ -e ~/ask ]; do sleep 0.1; done; cat ~/said; echo; cat ~/held; echo; cat ~/count"
+        said, held, count = run(sandbox, ask).splitlines()
+        assert said == f"{turn} b'x'", turn
+        assert held == "y" * turn, turn
+        assert int(count) > last, f"the counter stands still after resume {turn}"
+        last = int(count)
+        files = run(
+            sandbox, f"echo {turn} > ~/file{turn}; cat $(ls -v ~/file*) /proc/sys/kernel/random/boot_id"
+        ).split()
+        assert files == [*map(str, range(turn + 1)), boot_id], turn
+
+
+def test_a_firecracker_that_is_killed_ends_its_sandbox_and_leaves_nothing(
+    new_sandbox: NewSandbox, in_lab: InLab
+) -> None:
+    sandbox = new_sandbox()
+    machine, pid = machine_of(in_lab, sandbox)
+
+    in_lab(f"kill -9 {pid}")
+
+    until("the sandbox ended", lambda: not sandbox.is_running(request_timeout=PATIENCE), 60)
+    until("nothing is left", lambda: remains(in_lab, machine) == [], 60)
+    with pytest.raises(SandboxException):
+        connect(sandbox)
+
+
+def test_a_machine_outlives_its_node_and_is_found_again(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    sandbox = new_sandbox()
+    counter = "n=0; while true; do n=$((n+1)); echo $n > ~/count; sleep 0.2; done"
+    sandbox.commands.run(counter, background=True, timeout=0, request_timeout=PATIENCE)
+    found = machine_of(in_lab, sandbox)
+
+    with node_killed_during(in_lab, 0):
+        pass
+
+    assert machine_of(in_lab, sandbox) == found
+    before = int(run(sandbox, "cat ~/count"))
+    sandbox.pause(request_timeout=PATIENCE)
+    sandbox = connect(sandbox)
+    assert int(run(sandbox, "sleep 1; cat ~/count")) > before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("after", [0.3, 0.8, 1.5])
+def test_a_node_killed_while_it_pauses_or_resumes_loses_no_sandbox(
+    new_sandbox: NewSandbox, in_lab: InLab, after: float
+) -> None:
+    sandbox = new_sandbox()
+    counter = "n=0; while true; do n=$((n+1)); echo $n > ~/count; sleep 0.2; done"
+    sandbox.commands.run(counter, background=True, timeout=0, request_timeout=PATIENCE)
+    run(sandbox, "echo kept > ~/kept; head -c 5000000 /dev/urandom > ~/noise; sha256sum ~/noise > ~/sum")
+
+    for step in ("pause", "resume"):
+        if step == "resume":
+            sandbox.pause(request_timeout=PATIENCE)
+        with node_killed_during(in_lab, after):
+            sandbox.pause(request_timeout=PATIENCE) if step == "pause" else connect(sandbox)
+
+        until("its state is known", lambda: state(sandbox) in (SandboxState.RUNNING, SandboxState.PAUSED))
+        again = connect(sandbox)
+        assert run(again, "cat ~/kept; sha256sum -c ~/sum").splitlines() == ["kept", "/home/user/noise: OK"], step
+        before = int(run(again, "cat ~/count"))
+        until("the counter goes on", lambda again=again, before=before: int(run(again, "cat ~/count")) > before, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_node_killed_while_it_creates_leaves_nothing(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    new_sandbox().kill(request_timeout=PATIENCE)  # the template's memory is there, so a create is a restore
+
+    with node_killed_during(in_lab, 0.5):
+        Sandbox.create(timeout=60, request_timeout=PATIENCE).kill(request_timeout=PATIENCE)
+
+    until(
+        "each machine has an owner",
+        lambda: int(in_lab(f"ls {NODE}/machines | wc -l")) == int(in_lab("pgrep -c -x firecracker || true")),
+    )
+    sandbox = new_sandbox()
+    assert run(sandbox, "echo works") == "works"
+
+
+def test_a_full_disk_is_a_clear_error_and_costs_no_sandbox(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    sandbox = new_sandbox()
+    run(sandbox, "echo kept > ~/kept")
+    in_lab(f"fallocate -l $(($(df --output=avail -B1 {NODE} | tail -1) - 300000000)) {NODE}/filler")
+    try:
+        with pytest.raises(SandboxException, match="disk"):
+            use_up_the_pool(new_sandbox)
+        assert run(sandbox, "cat ~/kept") == "kept"
+    finally:
+        in_lab(f"rm -f {NODE}/filler")
+
+    assert run(new_sandbox(), "echo works") == "works"
+
+
+def test_saved_memory_that_is_damaged_is_refused(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    sandbox = new_sandbox()
+    sandbox.pause(request_timeout=PATIENCE)
+    saved = f"{NODE}/saved/{sandbox.sandbox_id}-*"
+    until("its memory is one file", lambda: in_lab(f"ls {saved}").split().count("whole") == 0, 120)
+
+    in_lab(f"f=$(ls {saved}/memory.*); printf damaged | dd of=$f bs=1 seek=1048576 conv=notrunc status=none")
+
+    with pytest.raises(SandboxException, match="damaged"):
+        connect(sandbox)
+    assert state(sandbox) == SandboxState.PAUSED
+
+
+def test_nothing_is_left_of_a_sandbox_that_was_paused_resumed_and_copied(
+    new_sandbox: NewSandbox, in_lab: InLab
+) -> None:
+    sandbox = new_sandbox()
+    machines = [machine_of(in_lab, sandbox)[0]]
+    sandbox.pause(request_timeout=PATIENCE)
+    sandbox = connect(sandbox)
+    machines.append(machine_of(in_lab, sandbox)[0])
+    snapshot = sandbox.create_snapshot(request_timeout=PATIENCE)
+    (fork,) = sandbox.fork(count=1, request_timeout=PATIENCE)
+    machines.append(machine_of(in_lab, fork)[0])
+
+    for each in (fork, sandbox):
+        each.kill(request_timeout=PATIENCE)
+    Sandbox.delete_snapshot(snapshot.snapshot_id, request_timeout=PATIENCE)
+
+    for machine in machines:
+        until(f"nothing is left of {machine}", lambda machine=machine: remains(in_lab, machine) == [], 60)
+    assert in_lab(f"ls {NODE}/snapshots; find {NODE}/saved -name '{sandbox.sandbox_id}*'").split() == []
