@@ -108,6 +108,26 @@ def tiny_files() -> tuple[File, ...]:
     return tuple(found.values())
 
 
+def debian_layer() -> bytes:
+    """A minimal Debian with apt and nothing else, as its own image has it; made once for this machine.
+
+    Raises:
+        subprocess.CalledProcessError: Debian's mirror cannot be reached.
+    """
+    path = Path("/var/cache/emberbox/tests/debian-bookworm.tar.gz")
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as place:
+            made = Path(place) / "root.tar"
+            source = "deb http://deb.debian.org/debian bookworm main"
+            argv = ["nice", "-n", "10", "mmdebstrap", "--variant=apt", "--mode=root", "bookworm", str(made), source]
+            subprocess.run(argv, check=True, capture_output=True, timeout=600)
+            packed = Path(place) / "root.tar.gz"
+            packed.write_bytes(gzip.compress(made.read_bytes(), 1, mtime=0))
+            packed.rename(path)
+    return path.read_bytes()
+
+
 def write_layout(
     place: Path, layers: Sequence[bytes], *, config: Mapping[str, Any] | None = None, arch: str = ""
 ) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
 import tarfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -103,6 +104,33 @@ async def test_an_image_becomes_a_template(node: NodeProcess, registry: LocalReg
     assert len(told.image.layers) == 2
     assert "sudo" in told.text  # it has none, and nothing to install one with
     assert leftovers(node) == []
+
+
+async def test_a_debian_image_gets_what_templates_have(node: NodeProcess, registry: LocalRegistry) -> None:
+    try:
+        debian = await asyncio.to_thread(images.debian_layer)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"Debian's mirror cannot be reached: {error.stderr[-300:]!r}")
+    name = await asyncio.to_thread(registry.push, "debian", [debian], config={"Env": ["PATH=/usr/bin:/bin:/opt/bin"]})
+
+    told = await build(node, step("RUN", "sudo id -un; echo $PATH"), from_image=name)
+    output = await look(
+        node,
+        told.image,
+        "id; sudo id -un; for p in curl ss pgrep tar; do command -v $p; done; ls /var/lib/apt/lists; echo $PATH;"
+        "ls -A /var/tmp /tmp; stat -c '%a %U' ~ /etc/sudoers.d/user",
+    )
+
+    assert [line.entry.message for line in told.logs if line.step == "1"][1:] == ["root", "/usr/bin:/bin:/opt/bin"]
+    assert output.text.splitlines() == [
+        "uid=1000(user) gid=1000(user) groups=1000(user)",
+        "root",
+        *("/usr/bin/curl", "/usr/bin/ss", "/usr/bin/pgrep", "/usr/bin/tar"),
+        "/usr/bin:/bin:/opt/bin",
+        *("/tmp:", "", "/var/tmp:"),
+        "755 user",
+        "440 root",
+    ]
 
 
 async def test_the_same_image_is_pulled_once(node: NodeProcess, registry: LocalRegistry, tiny: bytes) -> None:
