@@ -66,6 +66,28 @@ async def test_positions_count_on_when_old_lines_were_dropped() -> None:
     assert len(found) == 10
 
 
+async def test_one_that_writes_fast_waits_for_those_who_follow() -> None:
+    journal = Journal(kept_bytes=12_000 * 210)
+    following = asyncio.create_task(events(journal))
+    await asyncio.sleep(0)
+
+    for number in range(40_000):
+        journal.log(str(number))
+        if number % 500 == 0:
+            await journal.settle()
+    journal.end(END)
+
+    assert [message for message, _ in messages(await following)] == list(range(40_000))
+
+
+async def test_one_that_writes_fast_does_not_wait_when_nobody_follows() -> None:
+    journal = Journal()
+    for number in range(20_000):
+        journal.log(str(number))
+
+    await asyncio.wait_for(journal.settle(), timeout=5)
+
+
 async def test_only_the_first_end_counts() -> None:
     journal = Journal()
     journal.end(END)

@@ -122,7 +122,7 @@ class Builder:
             more = base_key(base.layers, disk, more=fingerprint(host, base.path))
 
             async def make_template(machine: BuildMachine) -> bool:
-                await provision(machine, host, base.path, self._work_dir, journal.log)
+                await provision(machine, host, base.path, self._work_dir, journal)
                 return True
 
             links.append(Link(more, BASE_STEP, "Preparing the image", new.force, make_template))
@@ -133,7 +133,7 @@ class Builder:
 
     def _link(self, work: Work, count: int, new: NewBuild, journal: Journal) -> Link:
         async def do_step(machine: BuildMachine) -> bool:
-            return await do(work, machine, new.files_dir, float(self._settings.build_seconds), journal.log)
+            return await do(work, machine, new.files_dir, float(self._settings.build_seconds), journal)
 
         return Link(work.key, work.step.name, f"[{work.step.name}/{count}] {work.step}", work.forced, do_step)
 

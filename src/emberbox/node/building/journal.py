@@ -15,6 +15,8 @@ _LINE_BYTES = 200
 """What a line costs besides its message."""
 _LINE_CHARACTERS = 8192
 _BATCH = 500
+_FAR_LINES = 10_000
+_WAIT_SECONDS, _LONGEST_WAITS = 0.02, 500
 
 
 class Journal:
@@ -27,6 +29,8 @@ class Journal:
         self._progress: Progress | None = None
         self._changed = asyncio.Event()
         self._closed = False
+        self._followers: dict[object, int] = {}
+        """Positions of those who listen."""
         self.outcome: Outcome | None = None
         self.step = BASE_STEP
         """Where the build is."""
@@ -59,18 +63,39 @@ class Journal:
         self._closed = True
         self._wake()
 
+    async def settle(self) -> None:
+        """Wait, but not for ever, until those who follow have come near: a command may write faster than they read."""
+        for _ in range(_LONGEST_WAITS):
+            if not self._far():
+                return
+            await asyncio.sleep(_WAIT_SECONDS)
+        for follower in self._far():  # not waited for again until it has moved
+            self._followers[follower] = self.next
+
+    def _far(self) -> list[object]:
+        return [one for one, position in self._followers.items() if self.next - position > _FAR_LINES]
+
     async def follow(self, position: int = 0) -> AsyncIterator[BuildEvent]:
         """Yield log lines from `position` on and the progress as it changes; the last event is the outcome.
 
         Raises:
             NodeBusy: the node stops before the build has ended.
         """
+        follower = object()
+        self._followers[follower] = position
+        try:
+            async for event in self._follow(follower, position):
+                yield event
+        finally:
+            del self._followers[follower]
+
+    async def _follow(self, follower: object, position: int) -> AsyncIterator[BuildEvent]:
         told: Progress | None = None
         while True:
             changed = self._changed
             batch = self._after(position)
             for line in batch:
-                position = line.position + 1
+                position = self._followers[follower] = line.position + 1
                 yield line
             if len(batch) == _BATCH:
                 continue

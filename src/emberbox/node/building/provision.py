@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 
 from emberbox.images.host_network import HostNetwork
+from emberbox.node.building.journal import Journal
 from emberbox.node.building.machine import BuildMachine, Finished, OutputLine
 from emberbox.node.building.model import StepFailed
-from emberbox.node.building.steps import Tell
 
 _FOLDER = "/var/tmp/.emberbox-provision"
 _SECONDS = 1200.0
@@ -138,7 +138,7 @@ def fingerprint(host: HostNetwork, path: str) -> str:
     return hashlib.sha256(f"{_SCRIPT}\n{host.fingerprint()}\n{path}".encode()).hexdigest()
 
 
-async def provision(machine: BuildMachine, host: HostNetwork, path: str, work_dir: Path, tell: Tell) -> None:
+async def provision(machine: BuildMachine, host: HostNetwork, path: str, work_dir: Path, journal: Journal) -> None:
     """Make the machine's files those of a template.
 
     Args:
@@ -166,7 +166,7 @@ async def provision(machine: BuildMachine, host: HostNetwork, path: str, work_di
         async for event in machine.execute(argv, user="root", env=host.env, seconds=_SECONDS):
             if isinstance(event, OutputLine):
                 said.append(event.text)
-                tell(event.text, "warn" if event.error else "info")
+                journal.log(event.text, "warn" if event.error else "info")
             elif isinstance(event, Finished) and event.exit_code != 0:
                 raise StepFailed("\n".join(said[-3:]) or f"preparing the image ended with exit code {event.exit_code}")
     except StepFailed as error:

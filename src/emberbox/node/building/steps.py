@@ -6,19 +6,17 @@ import asyncio
 import os
 import stat
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 
+from emberbox.node.building.journal import Journal
 from emberbox.node.building.machine import BuildMachine, Finished, OutputLine
 from emberbox.node.building.model import StepFailed, StepType
 from emberbox.node.building.plan import Work
 
-Tell = Callable[[str, str], None]
-"""Called with a line of output and its level."""
-
 _STAGE = "/var/tmp/.emberbox-copy"
 _COPY_SECONDS = 1800.0
 _TAIL_LINES = 5
+_SETTLE_LINES = 500
 
 _MAKE_FOLDERS = r"""
 make_folders() { # FOLDER OWNER: makes what is missing of it, owned by OWNER
@@ -119,7 +117,7 @@ chmod 644 /etc/profile.d/zz-template-path.sh
 """
 
 
-async def do(work: Work, machine: BuildMachine, files_dir: str, seconds: float, tell: Tell) -> bool:
+async def do(work: Work, machine: BuildMachine, files_dir: str, seconds: float, journal: Journal) -> bool:
     """Do a step. Returns whether files may have changed.
 
     Raises:
@@ -127,7 +125,7 @@ async def do(work: Work, machine: BuildMachine, files_dir: str, seconds: float, 
     """
     match work.step.type:
         case StepType.RUN:
-            await _run(work, machine, seconds, tell)
+            await _run(work, machine, seconds, journal)
             return True
         case StepType.COPY:
             await _copy(work, machine, files_dir)
@@ -146,15 +144,16 @@ async def do(work: Work, machine: BuildMachine, files_dir: str, seconds: float, 
             return False
 
 
-async def _run(work: Work, machine: BuildMachine, seconds: float, tell: Tell) -> None:
+async def _run(work: Work, machine: BuildMachine, seconds: float, journal: Journal) -> None:
     command, user = work.words
     last: deque[str] = deque(maxlen=_TAIL_LINES)
-    # The folder may have been removed by an earlier step, and the user may not be allowed in.
     env = work.before.variables
     async for event in machine.run(command, user=user, workdir=work.before.workdir, env=env, seconds=seconds):
         if isinstance(event, OutputLine):
             last.append(event.text)
-            tell(event.text, "warn" if event.error else "info")
+            journal.log(event.text, "warn" if event.error else "info")
+            if journal.next % _SETTLE_LINES == 0:
+                await journal.settle()
         else:
             _check_end(event, command, last)
 
