@@ -33,9 +33,12 @@ PROGRAMS = (
 """What `tiny_files` holds; all of it also without a package manager."""
 
 
+_ZSTD = b"\x28\xb5\x2f\xfd"
+
+
 def missing() -> str:
     """What this machine lacks for a registry; empty when nothing."""
-    tools = ("docker-registry", "skopeo", "umoci", "htpasswd")
+    tools = ("docker-registry", "skopeo", "umoci", "htpasswd", "zstd")
     return ", ".join(tool for tool in tools if shutil.which(tool) is None)
 
 
@@ -128,6 +131,17 @@ def debian_layer() -> bytes:
     return path.read_bytes()
 
 
+def in_zstd(layer: bytes) -> bytes:
+    """The same layer, compressed with zstd."""
+    return subprocess.run(["zstd", "-qc"], input=gzip.decompress(layer), capture_output=True, check=True).stdout
+
+
+def _unpacked(layer: bytes) -> bytes:
+    if layer.startswith(_ZSTD):
+        return subprocess.run(["zstd", "-qdc"], input=layer, capture_output=True, check=True).stdout
+    return gzip.decompress(layer)
+
+
 def write_layout(
     place: Path, layers: Sequence[bytes], *, config: Mapping[str, Any] | None = None, arch: str = ""
 ) -> str:
@@ -146,7 +160,7 @@ def write_layout(
         "config": dict(config or {}),
         "rootfs": {
             "type": "layers",
-            "diff_ids": [f"sha256:{hashlib.sha256(gzip.decompress(data)).hexdigest()}" for data in layers],
+            "diff_ids": [f"sha256:{hashlib.sha256(_unpacked(data)).hexdigest()}" for data in layers],
         },
         "history": [{"created_by": "tests"} for _ in layers],
     }
@@ -154,7 +168,10 @@ def write_layout(
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": blob(json.dumps(described).encode(), "application/vnd.oci.image.config.v1+json"),
-        "layers": [blob(data, "application/vnd.oci.image.layer.v1.tar+gzip") for data in layers],
+        "layers": [
+            blob(data, f"application/vnd.oci.image.layer.v1.tar+{'zstd' if data.startswith(_ZSTD) else 'gzip'}")
+            for data in layers
+        ],
     }
     entry = blob(json.dumps(manifest).encode(), "application/vnd.oci.image.manifest.v1+json")
     entry["annotations"] = {"org.opencontainers.image.ref.name": "image"}

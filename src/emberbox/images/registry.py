@@ -113,7 +113,9 @@ class Registry:
             ImageError
         """
         source = f"docker://{self._reference.at(manifest.digest)}"
-        work = asyncio.create_task(self._skopeo("copy", "--quiet", source, f"oci:{into}:image", seconds=_COPY_SECONDS))
+        # Layers in gzip stay as they are; others (zstd) are compressed anew, for umoci before 0.5 knows gzip alone.
+        words = ("--quiet", "--dest-compress-format", "gzip", source, f"oci:{into}:image")
+        work = asyncio.create_task(self._skopeo("copy", *words, seconds=_COPY_SECONDS))
         try:
             while not work.done():
                 await asyncio.wait((work,), timeout=_POLL_SECONDS)

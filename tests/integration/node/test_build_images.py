@@ -156,6 +156,14 @@ async def test_images_come_by_digest_and_from_a_mirror(node: NodeProcess, regist
     assert mirrored.done is not None, mirrored.failed
 
 
+async def test_layers_may_be_compressed_with_zstd(node: NodeProcess, registry: LocalRegistry, tiny: bytes) -> None:
+    name = registry.push("zstd", [tiny, images.in_zstd(layer([File("by-zstd", b"read")]))])
+
+    told = await build(node, from_image=name)
+
+    assert (await look(node, told.image, "cat /by-zstd")).text == "read"
+
+
 async def test_the_hosts_architecture_is_taken(node: NodeProcess, registry: LocalRegistry, tiny: bytes) -> None:
     entries = []
     for arch in ("riscv64", host_architecture()):
