@@ -114,6 +114,8 @@ class Settings(BaseSettings):
     """Builds of a team that may wait; above it, a start is refused."""
     build_seconds: int = Field(3600, ge=1)
     """How long a build may run."""
+    builds_kept_per_template: int = Field(0, ge=0)
+    """Builds kept of a template besides those that its tags mean; the oldest go. 0: all."""
     max_cpu_count: int = Field(32, ge=1)
     """Most CPUs that a template may ask for."""
     max_memory_mb: int = Field(65536, ge=128)

@@ -281,6 +281,7 @@ class Builds:
                 await self._work.fail(build.id, {"message": "the build was registered and never started"})
         if not store.is_sqlite:
             await self.adopt()
+        await self._templates.remove_superseded()
         unfinished = await rows.builds_in(store, UNFINISHED)
         in_use = [
             ((build.request or {}).get("team_id", ""), files_hash)
@@ -338,7 +339,9 @@ class Builds:
         existing = await rows.alias_owner(store, team.slug, name)
         if existing is None and (by_id := await rows.get(store, name)) is not None and by_id.team_id == team.id:
             existing = by_id
-        if (existing is not None and existing.is_default) or (team.is_default and name in self.reserved):
+        # A template that the team had before one of its name was shipped stays its own.
+        reserved = existing.is_default if existing is not None else team.is_default and name in self.reserved
+        if reserved:
             raise Forbidden(f"the template {name!r} {RESERVED_WORDS}")
         if existing is not None and existing.kind != "template":
             raise Conflict(f"{name!r} is the name of a snapshot; choose another one, or delete it first")

@@ -18,6 +18,7 @@ log = structlog.get_logger()
 
 REASON_LOG_ENTRIES = 100
 """Log entries of the failing step that a failed build's reason repeats."""
+_REMOVED_AT_ONCE = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +248,15 @@ class Templates:
             await self.leaving(template.id)
         await self._gone(*await rows.delete_template(store, template.id))
         log.info("template.deleted", template_id=template.id, team_id=team.id)
+
+    async def remove_superseded(self) -> None:
+        """Remove old builds that no tag means, where the installation keeps only some."""
+        kept = self._plane.settings.builds_kept_per_template
+        if not kept:
+            return
+        for build in await rows.superseded_builds(self._plane.store, kept=kept, limit=_REMOVED_AT_ONCE):
+            await self._gone(*await rows.delete_build(self._plane.store, build.id))
+            log.info("build.removed", build_id=build.id, template_id=build.template_id)
 
     async def _gone(self, builds: list[BuildRecord], unused_layers: set[str]) -> None:
         for build in builds:

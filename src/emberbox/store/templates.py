@@ -344,6 +344,37 @@ async def unused_layers(store: Store, layers: Iterable[str], *, but_by: str) -> 
     return candidates
 
 
+async def superseded_builds(store: Store, *, kept: int, limit: int) -> list[BuildRecord]:
+    """Builds of templates that have ended, that no tag means, and of whose template `kept` such ones are newer."""
+    latest = select(
+        template_tags.c.build_id,
+        func.row_number()
+        .over(
+            partition_by=(template_tags.c.template_id, template_tags.c.tag),
+            order_by=(template_tags.c.assigned_at.desc(), template_tags.c.id.desc()),
+        )
+        .label("place"),
+    ).subquery()
+    builds = template_builds
+    ranked = (
+        select(
+            builds.c.id,
+            func.row_number()
+            .over(partition_by=builds.c.template_id, order_by=(builds.c.created_at.desc(), builds.c.id.desc()))
+            .label("place"),
+        )
+        .where(
+            builds.c.status.in_(["ready", "error"]),
+            builds.c.snapshot_id.is_(None),
+            builds.c.id.not_in(select(latest.c.build_id).where(latest.c.place == 1)),
+        )
+        .subquery()
+    )
+    query = select(builds).join(ranked, ranked.c.id == builds.c.id).where(ranked.c.place > kept).limit(limit)
+    async with store.read() as connection:
+        return [BuildRecord(**fields(row)) for row in await connection.execute(query)]
+
+
 # ---- tags
 
 

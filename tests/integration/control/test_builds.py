@@ -665,6 +665,25 @@ async def test_layers_that_a_build_stands_on_stay_while_it_runs(world: World) ->
     await eventually(lambda: [list(request.layers) for request in world.node.deleted_builds] == [[], ["cd" * 32]])
 
 
+async def test_old_builds_that_no_tag_means_go_where_only_some_are_kept() -> None:
+    async with serving_world(builds_kept_per_template=1) as world:
+        layers = iter(f"{number:064x}" for number in range(10))
+        world.node.build_script = lambda _: [done("ab" * 32, next(layers))]
+        made = []
+        for name in ("mine:v1", "mine", "mine", "mine", "mine"):
+            made.append(await register(world, name))
+            await start(world, made[-1])
+            await ended(world, made[-1])
+
+        await world.control.builds.tend()
+        left = (await world.client.get("/templates/mine")).json()["builds"]
+
+        # v1 and default are meant by tags; of the others the newest is kept.
+        assert {build["buildID"] for build in left} == {made[0]["buildID"], made[3]["buildID"], made[4]["buildID"]}
+        removed = {request.build_id: list(request.layers) for request in world.node.deleted_builds}
+        assert removed == {made[1]["buildID"]: [f"{1:064x}"], made[2]["buildID"]: [f"{2:064x}"]}
+
+
 # ---- over restarts
 
 
