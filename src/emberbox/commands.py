@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 from asyncio.subprocess import Process
 from collections.abc import Coroutine, Mapping, Sequence
@@ -67,6 +68,7 @@ async def run(
     check: bool = True,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    dies_with_us: bool = False,
 ) -> CompletedRun:
     """Run `argv` (no shell) to its end.
 
@@ -75,16 +77,22 @@ async def run(
         input: bytes for its standard input; None: `/dev/null`.
         check: raise when the exit code is not 0.
         env: its whole environment; None: ours.
+        dies_with_us: the kernel kills it when this process is killed. For what would go on for long.
 
     Raises:
         CommandFailed: it could not be started, or `check` and the exit code is not 0.
         CommandTimedOut: it ran longer than `timeout`.
     """
     words = tuple(os.fspath(word) for word in argv)
+    launched = words
+    if dies_with_us:
+        if shutil.which(words[0]) is None:
+            raise CommandFailed(words, "could not be started (no such program)")
+        launched = ("setpriv", "--pdeathsig", "KILL", "--", *words)
     try:
         process = await _start(
             asyncio.create_subprocess_exec(
-                *words,
+                *launched,
                 stdin=asyncio.subprocess.DEVNULL if input is None else asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,

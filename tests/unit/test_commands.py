@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,28 @@ async def test_a_failure_tells_the_command_its_code_and_its_words() -> None:
 async def test_a_missing_command_is_said_so() -> None:
     with pytest.raises(CommandFailed, match="no-such-command could not be started"):
         await run(["no-such-command"], timeout=10)
+
+
+async def test_a_missing_command_that_dies_with_us_is_said_so_too() -> None:
+    with pytest.raises(CommandFailed, match="no-such-command could not be started"):
+        await run(["no-such-command"], timeout=10, dies_with_us=True)
+
+
+async def test_a_command_that_dies_with_us_ends_when_we_are_killed(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    script = (
+        "import asyncio, sys; from emberbox.commands import run;"
+        f"asyncio.run(run(['sh', '-c', 'echo $$ > {pid_file}; exec sleep 60'], timeout=60, dies_with_us=True))"
+    )
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", script)
+    async with asyncio.timeout(20):
+        while not pid_file.exists() or not pid_file.read_text():
+            await asyncio.sleep(0.02)
+
+    parent.kill()
+    await parent.wait()
+
+    assert await ended(int(pid_file.read_text()))
 
 
 async def test_a_command_past_its_deadline_is_killed_with_its_children(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ class LayerStore:
             # A date given with -T would be that of every file.
             command = ("mkfs.erofs", "--quiet", "--preserve-mtime", "-Enosbcrc", f"-U{_UUID}", draft, root)
             try:
-                await run(command, timeout=_PACK_SECONDS)
+                await run(command, timeout=_PACK_SECONDS, dies_with_us=True)
             except CommandFailed as error:
                 raise ImageError(f"the layer could not be packed: {error}") from error
             await asyncio.to_thread(_clear_build_time, draft)

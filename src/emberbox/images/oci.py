@@ -136,7 +136,8 @@ class Images:
 
     async def _unpack(self, layout: Path, root: Path, name: str) -> None:
         try:
-            await run(("umoci", "raw", "unpack", "--image", f"{layout}:image", root), timeout=_UNPACK_SECONDS)
+            command = ("umoci", "raw", "unpack", "--image", f"{layout}:image", root)
+            await run(command, timeout=_UNPACK_SECONDS, dies_with_us=True)
         except CommandFailed as error:
             if error.returncode is None and not error.stderr and "could not be started" in str(error):
                 raise ImageError("umoci is not installed; `apt install umoci` (see `emberbox doctor`)") from error

@@ -168,7 +168,7 @@ class Registry:
             *words,
         )
         try:
-            return (await run(argv, timeout=seconds)).stdout
+            return (await run(argv, timeout=seconds, dies_with_us=True)).stdout
         except CommandTimedOut as error:
             raise ImageError(f"the registry of '{self._reference}' did not answer within {seconds:g} s") from error
         except CommandFailed as error:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+from pathlib import Path
 
 import grpc
 import pytest
 
 from emberbox.wire import node_pb2 as wire
+from tests.support import registry as images
 from tests.support.builds import build, look, request, step
 from tests.support.node import NodeProcess
 
@@ -55,6 +58,37 @@ async def test_what_a_build_had_begun_goes_with_the_node(how: str) -> None:
         told = await build(node, step("RUN", "echo done > ~/f"), step("RUN", "echo again"))
 
         assert told.cached == ["1"]
+
+
+async def test_an_image_that_was_being_unpacked_goes_with_a_killed_node() -> None:
+    if lacking := images.missing():
+        pytest.skip(f"this machine lacks {lacking}")
+    with images.local_registry() as registry:
+        noise = await asyncio.to_thread(os.urandom, 64 << 20)
+        name = registry.push("noise", [images.layer([images.File("noise", noise)])])
+        async with NodeProcess(warm_min=0, warm_max=0, insecure_registries=(registry.host,)) as node:
+            stream = node.stub.Build(request(from_image=name), timeout=60)
+            while (await stream.read()).log.entry.message != "Unpacking the image":
+                pass
+
+            await node.kill_process()
+            await node.start()
+
+            mounted = [line for line in Path("/proc/mounts").read_text().splitlines() if str(node.data) in line]
+            assert mounted == []
+            assert list((node.settings.node_dir / "building").iterdir()) == []
+            assert list((node.settings.node_dir / "layers").glob(".*")) == []
+            assert processes_in(str(node.data)) == []
+
+
+def processes_in(folder: str) -> list[str]:
+    """Command lines that name a folder; but for the node's own, which has it in its environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            found += [words] if folder in words else []
+    return found
 
 
 async def test_the_cache_keeps_what_was_used_last_within_its_bound() -> None:
