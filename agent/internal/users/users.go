@@ -54,7 +54,8 @@ func Open() *DB { return At("/etc/passwd", "/etc/group") }
 // At returns the database of the given files.
 func At(passwd, group string) *DB { return &DB{passwd: passwd, group: group} }
 
-// Lookup returns the user of that name.
+// Lookup returns the user of that name, or of that number where no name is the
+// same: Dockerfiles say USER 1000.
 //
 // Errors: UnknownError.
 func (d *DB) Lookup(name string) (*User, error) {
@@ -63,6 +64,11 @@ func (d *DB) Lookup(name string) (*User, error) {
 	d.refresh()
 	if u, ok := d.byName[name]; ok {
 		return u, nil
+	}
+	if uid, err := id(name); err == nil {
+		if u, ok := d.byName[d.names[uid]]; ok {
+			return u, nil
+		}
 	}
 	return nil, UnknownError{name}
 }

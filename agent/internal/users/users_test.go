@@ -30,6 +30,23 @@ func TestLookup(t *testing.T) {
 	}
 }
 
+func TestAUserIsKnownByNumber(t *testing.T) {
+	passwd := filepath.Join(t.TempDir(), "passwd")
+	write(t, passwd, "user:x:1000:1000::/home/user:/bin/sh\n7:x:1001:1001::/seven:/bin/sh\nlate:x:7:7::/late:/bin/sh\n")
+	db := At(passwd, passwd)
+
+	for name, uid := range map[string]uint32{"1000": 1000, "0": 0, "7": 1001} {
+		if u, err := db.Lookup(name); err != nil || u.UID != uid {
+			t.Errorf("%q: %+v %v", name, u, err)
+		}
+	}
+	for _, name := range []string{"1002", "-1", "4294967295", "0x0"} {
+		if _, err := db.Lookup(name); !errors.As(err, &UnknownError{}) {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+}
+
 func TestAUserAddedLaterIsFound(t *testing.T) {
 	dir := t.TempDir()
 	passwd, group := filepath.Join(dir, "passwd"), filepath.Join(dir, "group")

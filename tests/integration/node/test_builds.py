@@ -56,6 +56,20 @@ async def test_steps_run_in_order_and_what_they_set_becomes_the_templates(node: 
     assert leftovers(node) == []
 
 
+async def test_login_shells_have_the_templates_path(node: NodeProcess) -> None:
+    told = await build(node, step("ENV", "PATH", "/opt/mine:$PATH"), step("RUN", "echo $PATH"))
+
+    assert told.logs[-2].entry.message.startswith("/opt/mine:/usr/local/sbin:")
+    assert (await look(node, told.image, "echo $PATH")).text.startswith("/opt/mine:/usr/local/sbin:")
+
+
+async def test_a_user_may_be_a_number(node: NodeProcess) -> None:
+    told = await build(node, step("USER", "0:0"), step("RUN", "id -un"), step("USER", "1000"), step("RUN", "id -un"))
+
+    assert [entry.entry.message for entry in told.logs if entry.step in "24"][1::2] == ["root", "user"]
+    assert (await look(node, told.image, "id -un; pwd", user="")).text.split() == ["user", "/home/user"]
+
+
 async def test_output_becomes_log_lines_of_its_step(node: NodeProcess) -> None:
     told = await build(node, step("RUN", "true"), step("RUN", "echo out; echo err >&2; printf 'ü no end'"))
 
