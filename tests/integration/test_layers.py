@@ -64,6 +64,29 @@ async def test_a_layer_can_be_copied_between_stores(tmp_path: Path) -> None:
     assert other.path(layer.digest) == copy.path
 
 
+async def test_a_guests_disk_becomes_a_layer_as_it_is(tmp_path: Path) -> None:
+    disks = [tmp_path / "a", tmp_path / "b"]
+    for disk in disks:
+        with disk.open("wb") as file:
+            file.truncate(64 << 20)
+            file.seek(8 << 20)
+            file.write(b"data" * 1024)
+    with disks[1].open("r+b") as file:  # zeros that were written are no content
+        file.seek(32 << 20)
+        file.write(bytes(1 << 20))
+    store = LayerStore(tmp_path / "layers")
+
+    first, second = [await store.take_disk(disk) for disk in disks]
+
+    assert first.digest == second.digest
+    assert store.digests() == [first.digest]
+    assert store.path(first.digest) == first.path == tmp_path / f"layers/{first.digest}.ext4"
+    assert first.path.read_bytes() == disks[0].read_bytes()
+    assert first.size_bytes < 1 << 20
+    assert store.remove(first.digest)
+    assert store.digests() == []
+
+
 async def test_a_failed_pack_leaves_nothing(tmp_path: Path) -> None:
     store = LayerStore(tmp_path / "layers")
 

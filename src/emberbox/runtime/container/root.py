@@ -88,6 +88,11 @@ class Layers:
             return self._mount(image)
 
     def _mount(self, image: Path) -> Path:
+        if image.suffix == ".ext4":
+            raise RuntimeFailure(
+                f"layer {image.stem[:12]} was written by a microVM, and this host never mounts it; build the template "
+                "again for the container runtime"
+            )
         target = self._directory / image.stem
         if image.stem in self._mounted and os.path.ismount(target):
             return target
