@@ -178,6 +178,7 @@ class Builder:
         before = links[done - 1].key if done else ""
         upper = self._cache.upper(before) if before else None
         image = Image(new.build_id, base.layers, dict(base.state.env), default_user="root", default_workdir="/")
+        journal.step = links[done].name
         async with build_machine(self._hosting, image, new.limits, upper) as machine:
             for number, link in enumerate(links[done:], start=done):
                 journal.step = link.name
