@@ -265,7 +265,25 @@ async def test_what_is_not_a_plain_archive_is_refused(node: NodeProcess, tmp_pat
 
     assert "cannot be read" in link.why("1")
     assert "not a regular file" in fifo.why("1")
-    assert "damaged" in damaged.why("1")
+    assert "could not be unpacked" in damaged.why("1")
+
+
+async def test_files_that_do_not_fit_say_so(node: NodeProcess, tmp_path: Path) -> None:
+    large = archive(tmp_path, [("large", bytes(100 << 20), 0o644)])
+    noise = archive(tmp_path, [("noise", os.urandom(80 << 20), 0o644)])
+
+    unpacked = await build(node, step("COPY", ".", "/x", files_hash=large), files_dir=str(tmp_path), disk_size_mb=64)
+    packed = await build(node, step("COPY", ".", "/x", files_hash=noise), files_dir=str(tmp_path), disk_size_mb=64)
+
+    assert "No space left" in unpacked.why("1")
+    assert "space" in packed.why("1")
+    assert leftovers(node) == []
+
+
+async def test_a_command_that_wants_too_much_memory_is_told(node: NodeProcess) -> None:
+    told = await build(node, step("RUN", "python3 -c 'bytearray(1 << 30)'"), memory_mb=256)
+
+    assert "ran out of its 256 MiB of memory" in told.why("1")
 
 
 # ---- start and ready

@@ -18,6 +18,7 @@ from emberbox.node.hosting import Hosted, Hosting, Origin
 from emberbox.node.model import Image
 from emberbox.node.tasks import finish
 from emberbox.runtime.base import Limits, Saved
+from emberbox.runtime.errors import RuntimeFailure
 
 _UPLOAD_SECONDS = 1800.0
 _SHORT_SECONDS = 120.0
@@ -44,6 +45,17 @@ class BuildMachine:
     def __init__(self, hosting: Hosting, hosted: Hosted) -> None:
         self._hosting = hosting
         self._hosted = hosted
+
+    @property
+    def memory_mb(self) -> int:
+        return self._hosted.spec.limits.memory_mb
+
+    async def ran_out_of_memory(self) -> bool:
+        """Whether the kernel has ended a process for want of memory."""
+        try:
+            return (await self._hosted.machine.stats()).oom_kills > 0
+        except RuntimeFailure:
+            return False
 
     async def run(
         self,

@@ -16,6 +16,8 @@ from emberbox.node.building.plan import Work
 _STAGE = "/var/tmp/.emberbox-copy"
 _COPY_SECONDS = 1800.0
 _TAIL_LINES = 5
+_KILLED = 128 + 9
+"""How a shell says that its program was killed."""
 _SETTLE_LINES = 500
 
 _MAKE_FOLDERS = r"""
@@ -51,7 +53,12 @@ command -v tar >/dev/null || { echo "the image has no 'tar', which COPY needs" >
 mkdir -- "$stage/files"
 check_owner "$owner" "$stage/files"
 case $owner in *:*) ;; *) owner=$owner:$(id -gn -- "$owner" 2>/dev/null || echo "$owner") ;; esac
-tar -xof "$stage/archive" -C "$stage/files" || { echo "the uploaded archive is damaged" >&2; exit 1; }
+said=$(tar -xof "$stage/archive" -C "$stage/files" 2>&1) || {
+  free=$(stat -f -c %a "$stage" 2>/dev/null || echo 1000)
+  if [ "$free" -lt 16 ]; then said="No space left on the machine's disk; ask for a larger one"; fi
+  echo "the uploaded files could not be unpacked: $(printf '%s' "$said" | tail -n 2)" >&2
+  exit 1
+}
 rm -f -- "$stage/archive"
 cd -- "$stage/files"
 chown -hR "$owner" .
@@ -155,14 +162,16 @@ async def _run(work: Work, machine: BuildMachine, seconds: float, journal: Journ
             if journal.next % _SETTLE_LINES == 0:
                 await journal.settle()
         else:
-            _check_end(event, command, last)
+            await _check_end(event, command, last, machine)
 
 
-def _check_end(event: Finished, command: str, last: deque[str]) -> None:
+async def _check_end(event: Finished, command: str, last: deque[str], machine: BuildMachine) -> None:
     if event.exit_code == 0:
         return
     shown = command if len(command) <= 300 else command[:300] + "..."
     how = f"ended with exit code {event.exit_code}" if event.exit_code > 0 else f"was ended ({event.status})"
+    if event.exit_code in (-1, _KILLED) and await machine.ran_out_of_memory():
+        how += f": the machine ran out of its {machine.memory_mb} MiB of memory"
     tail = "\n".join(last)
     raise StepFailed(f"the command '{shown}' {how}" + (f":\n{tail}" if tail else ""))
 
