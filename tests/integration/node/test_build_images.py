@@ -17,7 +17,7 @@ import pytest_asyncio
 from emberbox.images.references import host_architecture
 from emberbox.wire import node_pb2 as wire
 from tests.support import registry as images
-from tests.support.builds import build, look, step
+from tests.support.builds import build, look, request, step
 from tests.support.node import NodeProcess
 from tests.support.registry import File, LocalRegistry, layer, tiny_files
 
@@ -241,6 +241,22 @@ async def test_a_registry_without_tls_must_be_named_in_the_settings(node: NodePr
     assert "EMBERBOX_INSECURE_REGISTRIES" in told.why("base")
 
 
+@pytest.mark.parametrize("word", ["Pulling", "Unpacking"])
+async def test_a_build_that_is_cancelled_while_its_image_comes_leaves_nothing(
+    node: NodeProcess, registry: LocalRegistry, tiny: bytes, word: str
+) -> None:
+    noise = await asyncio.to_thread(os.urandom, 40 << 20)
+    asked = request(from_image=registry.push(f"cancelled-{word.lower()}", [tiny, layer([File("noise", noise)])]))
+    stream = node.stub.Build(asked, timeout=60)
+    while not (await stream.read()).log.entry.message.startswith(word):
+        pass
+
+    await node.stub.CancelBuild(wire.CancelBuildRequest(build_id=asked.build_id), timeout=30)
+
+    assert leftovers(node) == []
+    stream.cancel()
+
+
 # ---- what an image may not do
 
 
@@ -340,7 +356,25 @@ async def test_an_image_without_bash_says_so(node: NodeProcess, registry: LocalR
     assert leftovers(node) == []
 
 
-async def test_a_users_number_that_is_taken_is_not_shared(
+async def test_bash_comes_from_the_images_package_manager(node: NodeProcess, registry: LocalRegistry) -> None:
+    script = b'#!/bin/sh\necho "$@" >/asked; [ "$1" = add ] && cp /usr/lib/bash-of-a-package /usr/bin/bash\n'
+    files = [
+        File("usr/lib/bash-of-a-package", file.data, 0o755) if file.name == "usr/bin/bash" else file
+        for file in tiny_files()
+    ]
+
+    told = await build(node, from_image=registry.push("apk", [layer([*files, File("usr/bin/apk", script, 0o755)])]))
+    broken = [*files, File("usr/bin/apk", b"#!/bin/sh\necho network is down >&2; exit 1\n", 0o755)]
+    failed = await build(node, from_image=registry.push("apk-broken", [layer(broken)]))
+
+    output = await look(node, told.image, "cat /asked; id -un")
+    assert output.text.startswith("add --no-cache bash sudo ca-certificates")
+    assert output.text.endswith("user")
+    assert "no bash" in failed.why("base")
+    assert "network is down" in failed.text
+
+
+async def test_a_number_that_another_user_has_is_left_to_it(
     node: NodeProcess, registry: LocalRegistry, tiny: bytes
 ) -> None:
     passwd = b"root:x:0:0:root:/root:/bin/bash\nnode:x:1000:1000::/home/node:/bin/bash\n"
