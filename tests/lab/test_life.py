@@ -254,7 +254,7 @@ def test_nothing_is_left_of_a_sandbox_that_was_paused_resumed_and_copied(
     sandbox = connect(sandbox)
     machines.append(machine_of(in_lab, sandbox)[0])
     snapshot = sandbox.create_snapshot(request_timeout=PATIENCE)
-    (fork,) = sandbox.fork(count=1, request_timeout=PATIENCE)
+    (fork,) = sandbox.fork(count=1, timeout=1800, request_timeout=PATIENCE)
     machines.append(machine_of(in_lab, fork)[0])
 
     for each in (fork, sandbox):

@@ -82,20 +82,6 @@ def test_a_pause_that_keeps_no_memory_boots_again_from_the_files(new_sandbox: Ne
     assert run(again, "cat /proc/sys/kernel/random/boot_id") != boot_id
 
 
-def test_a_killed_sandbox_leaves_nothing(new_sandbox: NewSandbox, in_lab: InLab) -> None:
-    sandbox = new_sandbox()
-    before = in_lab("ls /var/lib/emberbox/node/machines").split()
-
-    sandbox.kill(request_timeout=PATIENCE)
-
-    gone = set(before) - set(in_lab("ls /var/lib/emberbox/node/machines").split())
-    assert gone
-    for machine in gone:
-        assert in_lab(f"pgrep -f -- --id={machine} || true").strip() == ""
-        assert in_lab(f"find /sys/fs/cgroup -name {machine}").strip() == ""
-        assert in_lab(f"grep -c {machine} /proc/self/mountinfo || true").strip() == "0"
-
-
 def test_the_guest_cannot_reach_the_host_or_another_sandbox(new_sandbox: NewSandbox) -> None:
     sandbox = new_sandbox()
     probe = "timeout 20 bash -c 'exec 3<>/dev/tcp/{}/{}' 2>/dev/null && echo open || echo closed"
@@ -110,7 +96,7 @@ def test_forks_of_a_running_sandbox_go_on_from_the_same_instant(new_sandbox: New
     sandbox = new_sandbox()
     run(sandbox, "echo before > ~/state")
 
-    forks = sandbox.fork(count=2, request_timeout=PATIENCE)
+    forks = sandbox.fork(count=2, timeout=1800, request_timeout=PATIENCE)
 
     try:
         run(sandbox, "echo after > ~/state")

@@ -57,24 +57,12 @@ def test_a_manifest_comes_back_as_it_was_written(saved: tuple[Path, Manifest]) -
     assert snapshots.read_manifest(folder) == manifest
 
 
-def test_merging_leaves_one_whole_piece_with_the_newest_pages(saved: tuple[Path, Manifest]) -> None:
-    folder, manifest = saved
-
-    merged = snapshots.merge(folder, manifest)
-
-    memory = (folder / merged.pieces[0].name).read_bytes()
-    assert [memory[page * PAGE : page * PAGE + 1] for page in range(4)] == [b"a", b"b", b"c", b"\0"]
-    assert snapshots.read_manifest(folder) == merged
-    assert sorted(path.name for path in folder.glob("memory.*")) == ["memory.2m"]
-    snapshots.verify(folder, merged, Trusted())
-
-
 def pages(path: Path) -> list[bytes]:
     memory = path.read_bytes()
     return [memory[page * PAGE : page * PAGE + 1] for page in range(4)]
 
 
-def test_a_machine_is_loaded_from_all_its_pieces_before_they_are_merged(saved: tuple[Path, Manifest]) -> None:
+def test_a_machine_is_loaded_from_all_its_pieces_laid_over_each_other(saved: tuple[Path, Manifest]) -> None:
     folder, manifest = saved
     trusted = Trusted()
 
@@ -84,10 +72,7 @@ def test_a_machine_is_loaded_from_all_its_pieces_before_they_are_merged(saved: t
     assert snapshots.read_manifest(folder) == manifest
     made = whole.stat()
     assert snapshots.make_whole(folder, manifest.pieces, trusted).stat() == made, "made twice"
-    settled = snapshots.settle_whole(folder, manifest)
-    merged = snapshots.adopt_whole(folder, manifest, settled)
-    assert sorted(path.name for path in folder.glob("memory.*")) == ["memory.2m"]
-    snapshots.verify(folder, merged, Trusted())
+    assert pages(folder / "memory.0") == [b"a", b"a", b"a", b"\0"]
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -118,19 +103,8 @@ def test_what_another_process_had_merged_is_not_believed(saved: tuple[Path, Mani
     assert pages(whole) == [b"a", b"b", b"c", b"\0"]
 
 
-def test_merging_does_not_touch_pieces_that_others_share(saved: tuple[Path, Manifest], tmp_path: Path) -> None:
-    folder, manifest = saved
-    other = tmp_path / "template.memory"
-    other.hardlink_to(folder / "memory.0")
-    before = other.read_bytes()
-
-    snapshots.merge(folder, manifest)
-
-    assert other.read_bytes() == before
-
-
-@pytest.mark.parametrize("step", ["clone", "overlay", "checksum"])
-def test_a_merge_that_fails_leaves_the_machine_as_it_was(
+@pytest.mark.parametrize("step", ["clone", "overlay"])
+def test_a_load_that_cannot_be_prepared_leaves_the_saved_machine_as_it_was(
     saved: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     folder, manifest = saved
@@ -140,13 +114,13 @@ def test_a_merge_that_fails_leaves_the_machine_as_it_was(
 
     monkeypatch.setattr(sparse, step, full)
     with pytest.raises(OSError, match="No space left"):
-        snapshots.merge(folder, manifest)
+        snapshots.make_whole(folder, manifest.pieces, Trusted())
     monkeypatch.undo()
 
     assert snapshots.read_manifest(folder) == manifest
-    assert not (folder / "merging").exists()
+    assert not (folder / snapshots.WHOLE).exists()
     snapshots.verify(folder, manifest, Trusted())
-    assert len(snapshots.merge(folder, manifest).pieces) == 1
+    assert pages(snapshots.make_whole(folder, manifest.pieces, Trusted())) == [b"a", b"b", b"c", b"\0"]
 
 
 def damage_state(folder: Path) -> None:
@@ -258,18 +232,21 @@ def test_a_save_that_was_not_finished_makes_the_next_one_whole(saved: tuple[Path
     assert Chain(tmp_path / "chain").pieces == manifest.pieces[:1]
 
 
-def test_a_long_chain_is_merged_while_it_grows(saved: tuple[Path, Manifest], tmp_path: Path) -> None:
+def test_the_changes_in_a_long_chain_are_merged_while_it_grows(saved: tuple[Path, Manifest], tmp_path: Path) -> None:
     folder, manifest = saved
     chain = Chain(tmp_path / "chain")
-    chain.begin(manifest.pieces[:2], folder)
+    chain.begin(manifest.pieces, folder)
+    trusted = Trusted()
 
-    whole = chain.merge(manifest.pieces[:2])
-    chain.replace(manifest.pieces, folder)
-    chain.replace_merged(manifest.pieces[:2], whole)
+    merged = chain.merge(manifest.pieces[1:])
+    later = piece(folder, 3, {0: b"d"})
+    chain.replace((*manifest.pieces, later), folder)
+    after = chain.replace_merged(manifest.pieces[1:], merged)
 
-    assert chain.pieces == (Piece("memory.1m", whole.checksum), manifest.pieces[2])
-    assert next_name(chain.pieces) == "memory.3"
-    assert sorted(path.name for path in (tmp_path / "chain").iterdir()) == ["chain.json", "memory.1m", "memory.2"]
+    assert after == chain.pieces == (manifest.pieces[0], Piece("memory.2m", merged.checksum), later)
+    assert next_name(chain.pieces) == "memory.4"
+    assert pages(snapshots.make_whole(chain.folder, chain.pieces, trusted)) == [b"d", b"b", b"c", b"\0"]
+    assert sorted(path.name for path in chain.folder.glob("memory.*")) == ["memory.0", "memory.2m", "memory.3"]
 
 
 def test_what_was_merged_is_dropped_when_the_chain_began_anew(saved: tuple[Path, Manifest], tmp_path: Path) -> None:
@@ -277,9 +254,9 @@ def test_what_was_merged_is_dropped_when_the_chain_began_anew(saved: tuple[Path,
     chain = Chain(tmp_path / "chain")
     chain.begin(manifest.pieces[:2], folder)
 
-    whole = chain.merge(manifest.pieces[:2])
+    merged = chain.merge(manifest.pieces[:2])
     chain.replace(manifest.pieces[2:], folder)
-    chain.replace_merged(manifest.pieces[:2], whole)
 
+    assert chain.replace_merged(manifest.pieces[:2], merged) is None
     assert chain.pieces == manifest.pieces[2:]
     assert sorted(path.name for path in (tmp_path / "chain").iterdir()) == ["chain.json", "memory.2"]

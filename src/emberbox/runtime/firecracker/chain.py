@@ -74,18 +74,21 @@ class Chain:
                 path.unlink()
 
     def merge(self, pieces: tuple[Piece, ...]) -> Piece:
-        """Make one whole piece of `pieces`, for `replace_merged`; the chain stays as it is and may grow meanwhile."""
+        """Make one piece of `pieces`, for `replace_merged`; the chain stays as it is and may grow meanwhile."""
         shutil.rmtree(self._merged, ignore_errors=True)
         self._merged.mkdir()
         return merge_pieces(self._folder, pieces, self._merged)
 
-    def replace_merged(self, pieces: tuple[Piece, ...], whole: Piece) -> None:
-        """Put `whole` where the chain begins with `pieces`; does nothing when it begins with others by now."""
+    def replace_merged(self, pieces: tuple[Piece, ...], merged: Piece) -> tuple[Piece, ...] | None:
+        """Put `merged` where the chain has `pieces` and return the new chain; None when it has others by now."""
         now = self.pieces
-        if now[: len(pieces)] == pieces:
-            self.replace((whole, *now[len(pieces) :]), self._merged)
-            (self._folder / WHOLE).unlink(missing_ok=True)  # holds pieces that are no longer the chain's
+        found = next((at for at in range(len(now)) if now[at : at + len(pieces)] == pieces), None)
+        after = None
+        if found is not None:
+            after = (*now[:found], merged, *now[found + len(pieces) :])
+            self.replace(after, self._merged)
         shutil.rmtree(self._merged, ignore_errors=True)
+        return after
 
     @property
     def _merged(self) -> Path:

@@ -29,7 +29,7 @@ NAME = "firecracker"
 _END_SECONDS = 10.0
 _CONSOLE_LIMIT = MIB
 _LONGEST_CHAIN = 4
-"""Pieces of memory behind a running machine; more are merged, so that restoring its saves stays quick."""
+"""Pieces of memory behind a running machine; the changes among more are merged, off every request's path."""
 
 
 class MicroVM:
@@ -44,6 +44,7 @@ class MicroVM:
         chain: Chain,
         *,
         firecracker_version: str,
+        trusted: snapshots.Trusted,
         paused: bool,
         after_save: Callable[[Saved], Awaitable[None]],
     ) -> None:
@@ -54,6 +55,7 @@ class MicroVM:
         self._api = api
         self._chain = chain
         self._version = firecracker_version
+        self._trusted = trusted
         self._paused = paused
         self._after_save = after_save
         self._changing = asyncio.Lock()
@@ -185,12 +187,13 @@ class MicroVM:
             self._shortening = asyncio.create_task(self._shorten_chain(), name=f"shorten {self.spec.machine_id}")
 
     async def _shorten_chain(self) -> None:
-        """Merge what lies behind the machine, without keeping it from being saved meanwhile."""
+        """Merge the changes behind the machine into one, without keeping it from being saved meanwhile."""
         try:
-            pieces = self._chain.pieces
-            whole = await to_thread_whole(self._chain.merge, pieces)
+            before = self._chain.pieces
+            merged = await to_thread_whole(self._chain.merge, before[1:])
             async with self._changing:
-                self._chain.replace_merged(pieces, whole)
+                if self._chain.replace_merged(before[1:], merged) == (before[0], merged):
+                    self._trusted.rename_held(before, (before[0], merged), self._chain.folder / snapshots.WHOLE)
         except OSError as error:
             log.warning("microvm.chain_not_shortened", machine_id=self.spec.machine_id, reason=str(error))
         finally:

@@ -142,7 +142,7 @@ class FirecrackerRuntime:
     # ---- saved machines ----
 
     async def _after_save(self, saved: Saved) -> None:
-        """Trust what was just written, and make its memory one whole file in the background."""
+        """Trust what was just written, and lay its pieces over each other in the background."""
         manifest = await asyncio.to_thread(snapshots.read_manifest, saved.directory)
         for piece in manifest.pieces:
             self._trusted.add(saved.directory / piece.name)
@@ -152,22 +152,15 @@ class FirecrackerRuntime:
             task.add_done_callback(self._merging.discard)
 
     async def _merge(self, folder: Path) -> None:
-        """Make the pieces of a saved machine one. Restores and copies of it go on meanwhile."""
+        """Make the one file that a restore loads, before it is asked for."""
         await asyncio.sleep(_MERGE_AFTER_SECONDS)
         try:
-            async with self._one_merge:
-                async with self._folder_lock(folder):
-                    manifest = await to_thread_whole(self._make_whole, folder)
-                if len(manifest.pieces) == 1:
-                    return
-                whole = await to_thread_whole(snapshots.settle_whole, folder, manifest)
-                async with self._folder_lock(folder):
-                    await to_thread_whole(self._adopt_whole, folder, manifest, whole)
+            async with self._one_merge, self._folder_lock(folder):
+                await to_thread_whole(self._make_whole, folder)
         except (OSError, RuntimeFailure) as error:
-            if not await asyncio.to_thread(folder.exists):
-                return  # resumed or deleted meanwhile
-            # Not lost: the pieces are still there, and the restore merges them itself.
-            log.warning("microvm.merge_failed", folder=str(folder), reason=str(error))
+            if await asyncio.to_thread(folder.exists):  # else it was resumed or deleted meanwhile
+                # Not lost: the pieces are there, and the restore makes it itself.
+                log.warning("microvm.merge_failed", folder=str(folder), reason=str(error))
 
     def _prepare(self, folder: Path, chain: Chain) -> tuple[snapshots.Manifest, Path]:
         """Check what was saved and link its memory to the machine's chain; returns also the file to load."""
@@ -177,14 +170,8 @@ class FirecrackerRuntime:
         chain.begin(manifest.pieces, folder)
         return manifest, chain.folder / whole.name
 
-    def _make_whole(self, folder: Path) -> snapshots.Manifest:
-        manifest = snapshots.read_manifest(folder)
-        snapshots.make_whole(folder, manifest.pieces, self._trusted)
-        return manifest
-
-    def _adopt_whole(self, folder: Path, manifest: snapshots.Manifest, whole: snapshots.Piece) -> None:
-        snapshots.adopt_whole(folder, manifest, whole)
-        self._trusted.add(folder / whole.name)
+    def _make_whole(self, folder: Path) -> None:
+        snapshots.make_whole(folder, snapshots.read_manifest(folder).pieces, self._trusted)
 
     @contextlib.asynccontextmanager
     async def _folder_lock(self, folder: Path) -> AsyncIterator[None]:
@@ -260,6 +247,7 @@ class FirecrackerRuntime:
             api,
             chain,
             firecracker_version=self._version,
+            trusted=self._trusted,
             paused=paused,
             after_save=self._after_save,
         )

@@ -7,8 +7,8 @@ One folder holds all of it, so that its parts live and go together:
     memory.N        pieces of memory, lowest N first: a whole one, then the pages changed since
     upper           the writable disk at the same instant
 
-    whole           all pieces in one, for a restore that does not wait until they are merged; derived, and used only by
-                    the process that made it
+    whole           all pieces in one, which is what a machine is loaded from; derived, used only by the process
+                    that made it
 
 Pieces never change once written, and are hard links where several folders share them (a template's memory is in
 every sandbox saved from it, and on the disk once).
@@ -111,6 +111,11 @@ class Trusted:
         if mark is not None:
             self._wholes[mark] = pieces
 
+    def rename_held(self, before: tuple[Piece, ...], after: tuple[Piece, ...], path: Path) -> None:
+        """The pieces `before` that the file holds are now called `after`."""
+        if self.held(path) == before:
+            self.add_whole(path, after)
+
     def held(self, path: Path) -> tuple[Piece, ...]:
         """Return the pieces that the file `WHOLE` holds; none when another process made it, or somebody changed it."""
         mark = _mark(path)
@@ -136,7 +141,7 @@ def verify(folder: Path, manifest: Manifest, trusted: Trusted) -> None:
 def make_whole(folder: Path, pieces: tuple[Piece, ...], trusted: Trusted) -> Path:
     """Return one file with the memory of all `pieces`, to load a machine from: the only piece, or `WHOLE`.
 
-    What is there of an earlier save is brought up to date in place when nobody else has it: then the work is what
+    What is there of the last restore is brought up to date in place when nobody else has it: then the work is what
     changed since. Nothing is flushed or summed up here; after a crash it is made anew from the pieces.
     """
     if len(pieces) == 1:
@@ -159,62 +164,21 @@ def make_whole(folder: Path, pieces: tuple[Piece, ...], trusted: Trusted) -> Pat
     return path
 
 
-def settle_whole(folder: Path, manifest: Manifest) -> Piece:
-    """Put `WHOLE`, which holds all of the manifest's pieces, safely on the disk; returns the piece it can become.
-
-    Takes as long as reading and writing all of it. `adopt_whole` makes it the machine's memory.
-    """
-    path = folder / WHOLE
-    _sync(path)
-    return Piece(f"memory.{number_of(manifest.pieces[-1])}m", sparse.checksum(path))
-
-
-def adopt_whole(folder: Path, manifest: Manifest, whole: Piece) -> Manifest:
-    """Make what `settle_whole` returned the only piece. A crash leaves the old manifest with its pieces, or the new."""
-    (folder / WHOLE).rename(folder / whole.name)
-    return _replace_pieces(folder, manifest, whole)
-
-
-def merge(folder: Path, manifest: Manifest) -> Manifest:
-    """Make one whole piece out of several, so that the machine can be loaded from it; returns the new manifest.
-
-    A crash at any step leaves the old manifest with the old pieces, or the new one with the new piece.
-    """
-    if len(manifest.pieces) == 1:
-        return manifest
-    return _replace_pieces(folder, manifest, merge_pieces(folder, manifest.pieces, folder))
-
-
-def _replace_pieces(folder: Path, manifest: Manifest, whole: Piece) -> Manifest:
-    merged = Manifest(
-        firecracker=manifest.firecracker,
-        cpu_count=manifest.cpu_count,
-        memory_mb=manifest.memory_mb,
-        layers=manifest.layers,
-        pieces=(whole,),
-        state_checksum=manifest.state_checksum,
-    )
-    merged.write(folder)
-    for piece in manifest.pieces:
-        (folder / piece.name).unlink(missing_ok=True)
-    return merged
-
-
 def merge_pieces(folder: Path, pieces: tuple[Piece, ...], into: Path) -> Piece:
-    """Make one whole piece, in `into`, of `pieces` in `folder`. Takes as long as copying the data of the first."""
+    """Make one piece, in `into`, of neighbouring `pieces` in `folder`. Takes as long as copying their data."""
     merged = into / f"memory.{number_of(pieces[-1])}m"
     work = into / "merging"
     work.unlink(missing_ok=True)
     try:
         sparse.clone(folder / pieces[0].name, work, mode=0o444)
-        for piece in pieces[1:]:
-            sparse.overlay(folder / piece.name, work)
-        whole = Piece(merged.name, sparse.checksum(work))
+        for later in pieces[1:]:
+            sparse.overlay(folder / later.name, work)
+        piece = Piece(merged.name, sparse.checksum(work))
         work.rename(merged)
     except BaseException:
         work.unlink(missing_ok=True)
         raise
-    return whole
+    return piece
 
 
 def number_of(piece: Piece) -> int:
