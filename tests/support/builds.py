@@ -48,12 +48,32 @@ class Told:
         return self.failed.message
 
 
+def logs_of(event: wire.BuildEvent) -> list[wire.BuildLog]:
+    """The log entries of an event: none, one or several."""
+    match event.WhichOneof("event"):
+        case "log":
+            return [event.log]
+        case "logs":
+            return list(event.logs.logs)
+    return []
+
+
+async def read_until(stream: Any, begin: str) -> list[wire.BuildLog]:
+    """Read from a stream until a line begins so; returns what was told until then."""
+    seen: list[wire.BuildLog] = []
+    while not any(entry.entry.message.startswith(begin) for entry in seen):
+        event = await stream.read()
+        assert isinstance(event, wire.BuildEvent), "the stream ended"
+        assert event.WhichOneof("event") not in ("done", "failed"), event
+        seen += logs_of(event)
+    return seen
+
+
 async def follow(events: Any, build_id: str) -> Told:
     told = Told(build_id)
     async for event in events:
+        told.logs += logs_of(event)
         match event.WhichOneof("event"):
-            case "log":
-                told.logs.append(event.log)
             case "done":
                 told.done = event.done
             case "failed":

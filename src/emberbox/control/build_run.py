@@ -119,6 +119,9 @@ class BuildRun:
             match event.WhichOneof("event"):
                 case "log":
                     self._journal.add(event.log)
+                case "logs":
+                    for entry in event.logs.logs:
+                        self._journal.add(entry)
                 case "progress":
                     self._progress(event.progress.stage, event.progress.fraction)
                 case "done":

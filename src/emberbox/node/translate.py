@@ -179,11 +179,17 @@ def log_entry(value: LogEntry) -> wire.LogEntry:
     )
 
 
+def _build_log(line: building.LogLine) -> wire.BuildLog:
+    entry = wire.LogEntry(timestamp_unix_ms=line.timestamp_ms, level=line.level, message=line.message)
+    return wire.BuildLog(entry=entry, step=line.step, position=line.position)
+
+
 def build_event(value: building.BuildEvent, agent_version: str) -> wire.BuildEvent:
     match value:
-        case building.LogLine():
-            entry = wire.LogEntry(timestamp_unix_ms=value.timestamp_ms, level=value.level, message=value.message)
-            return wire.BuildEvent(log=wire.BuildLog(entry=entry, step=value.step, position=value.position))
+        case building.LogLines(lines=(line,)):
+            return wire.BuildEvent(log=_build_log(line))
+        case building.LogLines():
+            return wire.BuildEvent(logs=wire.BuildLogs(logs=[_build_log(line) for line in value.lines]))
         case building.Progress():
             return wire.BuildEvent(progress=wire.BuildProgress(stage=value.stage, fraction=value.fraction))
         case building.Failed():

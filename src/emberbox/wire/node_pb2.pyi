@@ -1285,6 +1285,7 @@ class BuildEvent(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    LOGS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def log(self) -> Global___BuildLog: ...
     @_builtins.property
@@ -1293,6 +1294,10 @@ class BuildEvent(_message.Message):
     def done(self) -> Global___BuildDone: ...
     @_builtins.property
     def failed(self) -> Global___BuildFailed: ...
+    @_builtins.property
+    def logs(self) -> Global___BuildLogs:
+        """several at once, when a command writes fast"""
+
     def __init__(
         self,
         *,
@@ -1300,16 +1305,37 @@ class BuildEvent(_message.Message):
         progress: Global___BuildProgress | None = ...,
         done: Global___BuildDone | None = ...,
         failed: Global___BuildFailed | None = ...,
+        logs: Global___BuildLogs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "event", b"event", "failed", b"failed", "log", b"log", "progress", b"progress"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "event", b"event", "failed", b"failed", "log", b"log", "logs", b"logs", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "event", b"event", "failed", b"failed", "log", b"log", "progress", b"progress"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "event", b"event", "failed", b"failed", "log", b"log", "logs", b"logs", "progress", b"progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["log", "progress", "done", "failed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["log", "progress", "done", "failed", "logs"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___BuildEvent: _TypeAlias = BuildEvent  # noqa: Y015
+
+@_typing.final
+class BuildLogs(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def logs(self) -> _containers.RepeatedCompositeFieldContainer[Global___BuildLog]: ...
+    def __init__(
+        self,
+        *,
+        logs: _abc.Iterable[Global___BuildLog] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logs", b"logs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BuildLogs: _TypeAlias = BuildLogs  # noqa: Y015
 
 @_typing.final
 class BuildLog(_message.Message):

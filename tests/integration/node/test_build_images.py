@@ -17,7 +17,7 @@ import pytest_asyncio
 from emberbox.images.references import host_architecture
 from emberbox.wire import node_pb2 as wire
 from tests.support import registry as images
-from tests.support.builds import build, look, request, step
+from tests.support.builds import build, look, read_until, request, step
 from tests.support.node import NodeProcess
 from tests.support.registry import File, LocalRegistry, layer, tiny_files
 
@@ -248,8 +248,7 @@ async def test_a_build_that_is_cancelled_while_its_image_comes_leaves_nothing(
     noise = await asyncio.to_thread(os.urandom, 40 << 20)
     asked = request(from_image=registry.push(f"cancelled-{word.lower()}", [tiny, layer([File("noise", noise)])]))
     stream = node.stub.Build(asked, timeout=60)
-    while not (await stream.read()).log.entry.message.startswith(word):
-        pass
+    await read_until(stream, word)
 
     await node.stub.CancelBuild(wire.CancelBuildRequest(build_id=asked.build_id), timeout=30)
 

@@ -12,7 +12,7 @@ import pytest
 
 from emberbox.wire import node_pb2 as wire
 from tests.support import registry as images
-from tests.support.builds import build, look, request, step
+from tests.support.builds import build, look, read_until, request, step
 from tests.support.node import NodeProcess
 
 pytestmark = [pytest.mark.root, pytest.mark.asyncio, pytest.mark.xdist_group("node_build_life")]
@@ -33,8 +33,7 @@ async def test_what_a_build_had_begun_goes_with_the_node(how: str) -> None:
     async with NodeProcess(warm_min=0, warm_max=0) as node:
         asked = request(steps=[step("RUN", "echo done > ~/f"), step("RUN", "echo begun; sleep 600")])
         stream = node.stub.Build(asked, timeout=60)
-        while (await stream.read()).log.entry.message != "begun":
-            pass
+        await read_until(stream, "begun")
         (node.settings.node_dir / "building/pull-left").mkdir()
         (node.settings.node_dir / "building/pull-left/auth-x").write_text("secret")
         (node.settings.node_dir / "layers/.draft-left").mkdir()
@@ -68,8 +67,7 @@ async def test_an_image_that_was_being_unpacked_goes_with_a_killed_node() -> Non
         name = registry.push("noise", [images.layer([images.File("noise", noise)])])
         async with NodeProcess(warm_min=0, warm_max=0, insecure_registries=(registry.host,)) as node:
             stream = node.stub.Build(request(from_image=name), timeout=60)
-            while (await stream.read()).log.entry.message != "Unpacking the image":
-                pass
+            await read_until(stream, "Unpacking the image")
 
             await node.kill_process()
             await node.start()

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from emberbox.wire import node_pb2 as wire
-from tests.support.builds import archive, build, follow, look, request, step
+from tests.support.builds import archive, build, follow, look, read_until, request, step
 from tests.support.node import NodeProcess
 
 pytestmark = [pytest.mark.root, pytest.mark.asyncio(loop_scope="module"), pytest.mark.xdist_group("node_builds")]
@@ -326,10 +326,7 @@ async def test_start_and_ready_commands_are_inherited(node: NodeProcess) -> None
 async def test_a_build_goes_on_without_its_caller_and_can_be_followed(node: NodeProcess) -> None:
     asked = request(steps=[step("RUN", "for n in 1 2 3 4 5; do echo line $n; sleep 0.3; done")])
     stream = node.stub.Build(asked, timeout=60)
-    seen = []
-    while len(seen) < 2:
-        event = await stream.read()
-        seen += [event.log] if event.WhichOneof("event") == "log" else []
+    seen = await read_until(stream, "line 1")
     stream.cancel()
 
     again = node.stub.Build(asked, timeout=10)
@@ -346,8 +343,7 @@ async def test_a_build_goes_on_without_its_caller_and_can_be_followed(node: Node
 async def test_a_cancelled_build_leaves_nothing(node: NodeProcess) -> None:
     asked = request(steps=[step("RUN", "echo begun; sleep 600")])
     stream = node.stub.Build(asked, timeout=60)
-    while (await stream.read()).log.entry.message != "begun":
-        pass
+    await read_until(stream, "begun")
 
     await node.stub.CancelBuild(wire.CancelBuildRequest(build_id=asked.build_id), timeout=30)
     left = leftovers(node)

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from emberbox.node.building.journal import Journal, LineCutter
-from emberbox.node.building.model import BuildEvent, Failed, LogLine, Progress
+from emberbox.node.building.model import BuildEvent, Failed, LogLines, Progress
 from emberbox.node.errors import NodeBusy
 
 END = Failed("it failed", "1")
@@ -18,7 +18,8 @@ async def events(journal: Journal, position: int = 0) -> list[BuildEvent]:
 
 
 def messages(found: list[BuildEvent]) -> list[tuple[int, str]]:
-    return [(event.position, event.message) for event in found if isinstance(event, LogLine)]
+    lines = (line for event in found if isinstance(event, LogLines) for line in event.lines)
+    return [(line.position, line.message) for line in lines]
 
 
 async def test_a_follower_sees_what_was_and_what_comes_until_the_end() -> None:
@@ -51,6 +52,18 @@ async def test_following_again_repeats_nothing_and_leaves_nothing_out(position: 
 
     assert [message for message, _ in messages(found)] == list(range(position, 1500))
     assert found[-1] == END
+
+
+async def test_long_lines_come_a_few_at_a_time() -> None:
+    journal = Journal()
+    for _ in range(200):
+        journal.log("x" * 8000)
+    journal.end(END)
+
+    sizes = [len(event.lines) for event in await events(journal) if isinstance(event, LogLines)]
+
+    assert sum(sizes) == 200
+    assert max(sizes) == 25
 
 
 async def test_positions_count_on_when_old_lines_were_dropped() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from emberbox.node.building.model import BuildEvent, Done, Failed, LogLine, NewBuild
+from emberbox.node.building.model import BuildEvent, Done, Failed, LogLines, NewBuild
 from emberbox.node.building.plan import read_steps
 from emberbox.node.model import Image
 from emberbox.runtime.base import Limits
@@ -60,7 +60,7 @@ async def test_a_cached_chain_starts_no_machine(make_world: Any) -> None:
 
     events = await build(world, new("b2", "one", "two"))
 
-    assert [event.message for event in events if isinstance(event, LogLine)] == [
+    assert [line.message for event in events if isinstance(event, LogLines) for line in event.lines] == [
         "CACHED [1/2] RUN one",
         "CACHED [2/2] RUN two",
     ]

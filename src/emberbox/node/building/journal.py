@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from emberbox.node.building.model import BASE_STEP, BuildEvent, LogLine, Outcome, Progress
+from emberbox.node.building.model import BASE_STEP, BuildEvent, LogLine, LogLines, Outcome, Progress
 from emberbox.node.errors import NodeBusy
 from emberbox.node.model import now_ms
 
@@ -13,7 +13,7 @@ _KEPT_BYTES = 16 * 1024 * 1024
 _LINE_BYTES = 200
 """What a line costs besides its message."""
 _LINE_CHARACTERS = 8192
-_BATCH = 500
+_BATCH, _BATCH_CHARACTERS = 500, 200_000
 _FAR_LINES = 10_000
 _WAIT_SECONDS, _LONGEST_WAITS = 0.02, 500
 
@@ -92,12 +92,9 @@ class Journal:
         told: Progress | None = None
         while True:
             changed = self._changed
-            batch = self._after(position)
-            for line in batch:
-                position = self._followers[follower] = line.position + 1
-                yield line
-            if len(batch) == _BATCH:
-                continue
+            while batch := self._after(position):
+                position = self._followers[follower] = batch[-1].position + 1
+                yield LogLines(batch)
             if self._progress is not None and self._progress is not told:
                 told = self._progress
                 yield told
@@ -109,11 +106,16 @@ class Journal:
             if changed is self._changed:
                 await changed.wait()
 
-    def _after(self, position: int) -> list[LogLine]:
+    def _after(self, position: int) -> tuple[LogLine, ...]:
+        """The next lines from there on, not more than go into one message."""
         if not self._lines or position >= self.next:
-            return []
+            return ()
         start = max(0, position - self._lines[0].position)
-        return self._lines[start : start + _BATCH]
+        end, size = start, 0
+        while end < min(start + _BATCH, len(self._lines)) and size < _BATCH_CHARACTERS:
+            size += len(self._lines[end].message)
+            end += 1
+        return tuple(self._lines[start:end])
 
     def _drop_oldest(self) -> None:
         """Make room for a while: dropping from the front of a list costs as much for one as for many."""

@@ -78,6 +78,13 @@ class LogLine:
 
 
 @dataclass(frozen=True, slots=True)
+class LogLines:
+    """Lines that follow each other; at least one."""
+
+    lines: tuple[LogLine, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     stage: str
     fraction: float
@@ -97,7 +104,7 @@ class Failed:
 
 
 Outcome = Done | Failed
-BuildEvent = LogLine | Progress | Done | Failed
+BuildEvent = LogLines | Progress | Done | Failed
 
 
 class StepFailed(NodeError):
