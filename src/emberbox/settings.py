@@ -136,6 +136,8 @@ class Settings(BaseSettings):
     """Where to look for images first, by registry, as JSON: `{"docker.io": "mirror.example:5000"}`."""
     insecure_registries: tuple[str, ...] = ()
     """Registries that speak plain HTTP or have a certificate that no authority signed, as JSON: `["host:5000"]`."""
+    allowed_registries: tuple[str, ...] = ()
+    """The only registries that images come from, as JSON: `["docker.io", "ghcr.io"]`. Empty: any that a build names."""
     image_max_compressed_mb: int = Field(8192, ge=1)
     """Largest image to pull, compressed."""
     image_max_mb: int = Field(20480, ge=64)

@@ -82,6 +82,12 @@ class Images:
             ImageError: the image cannot be had or used; says why.
         """
         reference = parse(name)
+        allowed = self._settings.allowed_registries
+        if allowed and reference.registry not in allowed:
+            raise ImageError(
+                f"images do not come from '{reference.registry}' here, only from {', '.join(allowed)} "
+                "(EMBERBOX_ALLOWED_REGISTRIES)"
+            )
         await asyncio.to_thread(self._work.mkdir, mode=0o700, parents=True, exist_ok=True)
         folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix=_PREFIX, dir=self._work))
         try:

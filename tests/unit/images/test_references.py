@@ -13,8 +13,11 @@ import pytest
 from emberbox.images.credentials import Credentials, auth_file
 from emberbox.images.ecr import sign
 from emberbox.images.errors import ImageError
+from emberbox.images.layers import LayerStore
+from emberbox.images.oci import Images
 from emberbox.images.references import parse
 from emberbox.images.registry import registries_conf
+from emberbox.settings import Settings
 
 DIGEST = "sha256:" + "a" * 64
 
@@ -54,6 +57,16 @@ def test_registries_have_their_mirror_and_only_named_ones_are_insecure() -> None
     (entry,) = settings["registry"]
     assert (entry["location"], entry["insecure"]) == ("docker.io", False)
     assert entry["mirror"] == [{"location": "mirror:5000/hub", "insecure": True}]
+
+
+async def test_only_allowed_registries_are_asked(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path, allowed_registries=("docker.io", "ghcr.io"))
+    images = Images(settings, LayerStore(tmp_path / "layers"), tmp_path / "index", tmp_path / "work")
+
+    with pytest.raises(ImageError, match=r"do not come from '127.0.0.1:5000' here, only from docker.io, ghcr.io"):
+        await images.pull("127.0.0.1:5000/x", None, print, print, print)
+
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_auth_file_is_its_owners_alone_and_goes(tmp_path: Path) -> None:
