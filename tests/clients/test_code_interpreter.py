@@ -17,6 +17,7 @@ from tests.clients.support import node
 from tests.clients.support.instance import Emberbox
 from tests.clients.support.shipped import ensure_built
 from tests.clients.support.timing import eventually, seconds, whole_seconds
+from tests.clients.test_mcp import a_sandbox, called, over_http, refused
 
 # The template is built once for the run, from a few hundred megabytes of packages.
 pytestmark = [pytest.mark.timeout(seconds(900)), pytest.mark.xdist_group("code_interpreter")]
@@ -255,6 +256,39 @@ def test_a_context_goes_on_after_pause_and_connect(template: str) -> None:
         assert again.run_code("before").text == "here"
     finally:
         sandbox.kill()
+
+
+async def test_agents_run_code_through_mcp(template: str, emberbox: Emberbox) -> None:
+    async with over_http(emberbox) as client:
+        made = await called(client, "e2b-create-sandbox", templateID=template, timeout=whole_seconds(300))
+        it = {"sandboxID": made["sandboxID"]}
+        try:
+            first = await called(client, "e2b-run-code", **it, code="x = 40\nprint('out')\nx + 2")
+            kept = await called(client, "e2b-run-code", **it, code="x")
+            wrong = await called(client, "e2b-run-code", **it, code="1 / 0")
+            plot = "import matplotlib.pyplot as plt; plt.plot([1], [2]); plt.show()"
+            plotted = await called(client, "e2b-run-code", **it, code=plot)
+            late = await called(client, "e2b-run-code", **it, code="while True: pass", timeout=seconds(1))
+            after = await called(client, "e2b-run-code", **it, code="x")
+            long = await called(client, "e2b-run-code", **it, code="print('y' * 1_000_000)")
+            assert "there are: python" in await refused(client, "e2b-run-code", **it, code="1", language="cobol")
+        finally:
+            await called(client, "e2b-kill-sandbox", **it)
+
+    assert (first["text"], first["stdout"]) == ("42", "out\n")
+    assert kept["text"] == "40"
+    assert (wrong["error"]["name"], wrong["error"]["value"]) == ("ZeroDivisionError", "division by zero")
+    assert plotted["results"][0]["chart"]["type"] == "line"
+    assert "pictures are left out" in plotted["note"]
+    assert late["timedOut"]
+    assert after["text"] == "40"
+    assert long["truncated"]
+    assert len(long["stdout"]) < 100_000
+
+
+async def test_running_code_elsewhere_says_which_template_has_it(emberbox: Emberbox) -> None:
+    async with over_http(emberbox) as client, a_sandbox(client) as sandbox_id:
+        assert "code-interpreter-v1" in await refused(client, "e2b-run-code", sandboxID=sandbox_id, code="1")
 
 
 def test_the_javascript_client(template: str, emberbox: Emberbox, tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -30,6 +30,7 @@ FURTHER = {
     "e2b-list-files",
     "e2b-get-url",
     "e2b-fork-sandbox",
+    "e2b-run-code",
 }
 
 
@@ -117,6 +118,10 @@ async def test_every_tool_does_what_it_says(emberbox, transport):
             for fork in (await use("e2b-fork-sandbox", **it, timeout=whole_seconds(60)))["forks"]:
                 await use("e2b-kill-sandbox", sandboxID=fork["sandbox"]["sandboxID"])
             assert (await use("e2b-snapshot-sandbox", **it))["snapshotID"]
+
+            # What it does is shown in test_code_interpreter.py: this template has no interpreter.
+            assert "code-interpreter-v1" in await refused(client, "e2b-run-code", **it, code="1")
+            untried.discard("e2b-run-code")
 
             await use("e2b-pause-sandbox", **it)
             assert "e2b-connect-sandbox" in await refused(client, "e2b-run-command", **it, command="true")

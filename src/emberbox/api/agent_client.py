@@ -153,6 +153,29 @@ class AgentClient:
         entries: list[dict[str, Any]] = response.json().get("entries", [])
         return entries
 
+    @asynccontextmanager
+    async def json_lines(
+        self, target: Target, port: int, path: str, body: dict[str, Any]
+    ) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        """POST to another server of the sandbox; the context's value are the objects of its answer, one a line.
+
+        There is no limit on how long the answer takes.
+
+        Raises:
+            AgentError: nothing listens there, the server refused, or the connection broke.
+        """
+        with _told():
+            async with self._http.stream(
+                "POST", path, json=body, headers=target.headers(port), timeout=httpx.Timeout(_CALL_SECONDS, read=None)
+            ) as response:
+                await _check(response)
+                yield _objects(response.aiter_lines())
+
+
+async def _objects(lines: AsyncIterator[str]) -> AsyncIterator[dict[str, Any]]:
+    async for line in lines:
+        yield json.loads(line)
+
 
 async def messages(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
     """Split a Connect stream into its messages.
@@ -186,7 +209,8 @@ def error_text(response: httpx.Response) -> str:
     try:
         return str(response.json()["message"])
     except (ValueError, KeyError, TypeError):
-        return f"the sandbox answered {response.status_code}"
+        plain = response.headers.get("content-type", "").startswith("text/plain")
+        return response.text[:1000] if plain else f"the sandbox answered {response.status_code}"
 
 
 class _told:

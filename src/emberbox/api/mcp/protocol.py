@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 from emberbox import __version__
 from emberbox.api.agent_client import AgentClient
 from emberbox.api.mcp import resources
+from emberbox.api.mcp.code import RUN_CODE
 from emberbox.api.mcp.tool import Call, Tool
 from emberbox.api.mcp.tools import PUBLISHED
 from emberbox.api.mcp.work import WORK
@@ -42,7 +43,7 @@ A sandbox ends when its timeout is over; extend it with e2b-set-sandbox-timeout,
 you are done. Run commands with e2b-run-command; move files with e2b-read-file and e2b-write-file; reach a server that
 listens in the sandbox at the address that e2b-get-url tells."""
 
-TOOLS: dict[str, Tool] = {tool.name: tool for tool in (*PUBLISHED, *WORK)}
+TOOLS: dict[str, Tool] = {tool.name: tool for tool in (*PUBLISHED, *WORK, RUN_CODE)}
 
 _Context = ServerRequestContext[Any, Any]
 

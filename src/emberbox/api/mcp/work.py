@@ -127,7 +127,7 @@ class Forks(BaseModel):
 
 
 async def _run_command(call: Call, asked: RunCommand) -> CommandResult:
-    target = await _target(call, asked.sandboxID, asked.user)
+    target = await target_of(call, asked.sandboxID, asked.user)
     tag = f"mcp-{uuid.uuid4()}"
     process: dict[str, Any] = {"cmd": "/bin/bash", "args": ["-l", "-c", asked.command], "envs": asked.envVars or {}}
     if asked.cwd is not None:
@@ -206,7 +206,7 @@ class _Running:
 
 
 async def _read_file(call: Call, asked: ReadFile) -> FileContent:
-    target = await _target(call, asked.sandboxID, asked.user)
+    target = await target_of(call, asked.sandboxID, asked.user)
     part = await call.agent.read(target, asked.path, offset=asked.offset, length=asked.length)
     data, encoding, content = _as_text(part.data)
     told: dict[str, Any] = {"path": asked.path, "encoding": encoding, "content": content}
@@ -239,7 +239,7 @@ async def _write_file(call: Call, asked: WriteFile) -> FileWritten:
             raise Invalid(f"content is not base64: {error}") from None
     else:
         data = asked.content.encode()
-    target = await _target(call, asked.sandboxID, asked.user)
+    target = await target_of(call, asked.sandboxID, asked.user)
     await call.agent.write(target, asked.path, data)
     return FileWritten(path=asked.path, size=len(data))
 
@@ -248,7 +248,7 @@ _TYPES = {"FILE_TYPE_FILE": "file", "FILE_TYPE_DIRECTORY": "directory", "FILE_TY
 
 
 async def _list_files(call: Call, asked: ListFiles) -> FileList:
-    target = await _target(call, asked.sandboxID, asked.user)
+    target = await target_of(call, asked.sandboxID, asked.user)
     found = await call.agent.list_directory(target, asked.path, depth=asked.depth)
     entries = [_entry(each) for each in found[:SHOWN_ENTRIES]]
     if len(found) <= SHOWN_ENTRIES:
@@ -288,7 +288,7 @@ async def _fork_sandbox(call: Call, asked: ForkSandbox) -> Forks:
     return Forks(forks=await snapshots.fork(asked.sandboxID, call.plane, call.team, asked))
 
 
-async def _target(call: Call, sandbox_id: str, user: str | None) -> Target:
+async def target_of(call: Call, sandbox_id: str, user: str | None) -> Target:
     """
     Raises:
         NotFound: the team has no such sandbox.
