@@ -23,6 +23,7 @@ SCRIPTS = (
     ["density.py"],
     ["edge.py"],
     ["template.py"],
+    ["code_interpreter.py"],
 )
 
 
