@@ -145,6 +145,11 @@ class Settings(BaseSettings):
     templates_dir: Path | None = None
     """The templates that ship with Emberbox. Empty: those of the package."""
 
+    mcp_bind_sandboxes: bool = False
+    """End the sandboxes that an MCP session made when the session ends."""
+    mcp_session_idle_seconds: int = Field(1800, ge=1)
+    """An MCP session that is not used for this long ends."""
+
     # keeping
     metrics_keep_seconds: int = 24 * 3600
     logs_keep_seconds: int = 24 * 3600

@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 from emberbox import __version__
 from emberbox.api.agent_client import AgentClient
 from emberbox.api.mcp import resources
+from emberbox.api.mcp.bound import BoundSandboxes
 from emberbox.api.mcp.code import RUN_CODE
 from emberbox.api.mcp.tool import Call, Tool
 from emberbox.api.mcp.tools import PUBLISHED
@@ -54,6 +55,7 @@ class Protocol:
     def __init__(self, plane: ControlPlane) -> None:
         self._plane = plane
         self._agent = AgentClient(plane.settings.edge_url)
+        self._bound = BoundSandboxes(plane) if plane.settings.mcp_bind_sandboxes else None
         self._tools = [_described(tool) for tool in TOOLS.values()]
         server: Server[Any] = Server(
             "emberbox",
@@ -71,13 +73,18 @@ class Protocol:
             # Any Host that the API answers to will do: a page that rebinds a name still lacks the key.
             security_settings=TransportSecuritySettings(enable_dns_rebinding_protection=False),
             max_request_body_size=LARGEST_REQUEST,
+            session_idle_timeout=plane.settings.mcp_session_idle_seconds,
         )
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Enter and leave in the same task."""
-        async with self._agent, self._manager.run():
-            yield
+        try:
+            async with self._agent, self._manager.run():
+                yield
+        finally:
+            if self._bound is not None:
+                await self._bound.close()
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A request whose caller is known: a session belongs to the team that opened it."""
@@ -97,8 +104,9 @@ class Protocol:
         tool = TOOLS.get(params.name)
         if tool is None:
             raise MCPError(types.INVALID_PARAMS, f"there is no tool {params.name[:100]!r}; list them with tools/list")
+        call = self._call(context)
         try:
-            answer = await tool.call(self._call(context), params.arguments or {})
+            answer = await tool.call(call, params.arguments or {})
         except ControlError as error:
             return _failed(error.message)
         except ValidationError as error:
@@ -106,6 +114,9 @@ class Protocol:
         except Exception as error:
             log.error("tool.failed", tool=tool.name, exc_info=error)
             return _failed("internal error; the server's log says more")
+        if self._bound is not None:
+            # The library gives handlers no other way to what lives as long as the session.
+            self._bound.note(context.session._connection, call.team, tool.name, answer)
         text = json.dumps(answer, ensure_ascii=False)
         return types.CallToolResult(content=[types.TextContent(text=text)], structured_content=answer)
 
