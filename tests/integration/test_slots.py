@@ -23,7 +23,7 @@ from emberbox.node.slots import Slots
 from emberbox.runtime.base import Slot
 from emberbox.settings import Settings
 from tests.support.container import needs_root
-from tests.support.networks import SMALL, Claim
+from tests.support.networks import INTERNETS, SMALL, Claim
 
 pytestmark = needs_root
 
@@ -36,10 +36,8 @@ class Internet:
     def __init__(self) -> None:
         tag = secrets.token_hex(3)
         self.name = f"ebi{tag}"
-        # The half of TEST-NET-2 that the agent's tests leave alone. The other two documentation networks are the real
-        # network of some hosts: a route of ours there would cut them off.
-        last = 128 + secrets.randbelow(42) * 3
-        self.one, self.two, self.resolver = (f"198.51.100.{last + n}" for n in range(3))
+        self._claim = Claim(INTERNETS)
+        self.one, self.two, self.resolver = (str(address) for address in list(self._claim.network)[:3])
         self._link = f"ebi{tag}h"
         self._server: subprocess.Popen[bytes] | None = None
 
@@ -72,6 +70,7 @@ class Internet:
             self._server.stdout.close()
         subprocess.run(["ip", "link", "del", self._link], check=True, capture_output=True)
         subprocess.run(["ip", "netns", "del", self.name], check=True, capture_output=True)
+        self._claim.release()
 
 
 # A TCP server on port 80 that says who asked, and a resolver: one.test, www.one.test -> the first address,

@@ -18,9 +18,10 @@ from typing import BinaryIO
 NODES = tuple(IPv4Network(f"198.18.{third}.0/22") for third in range(128, 256, 4))
 WORLDS = tuple(IPv4Network(f"198.19.{third}.0/24") for third in range(224))
 SMALL = tuple(IPv4Network("198.19.240.0/21").subnets(new_prefix=28))
-# TEST-NET-2's lower half (RFC 5737), which no instance routes. The other two documentation networks are the real
-# network of some hosts, which a route of ours there would cut off.
+# TEST-NET-2 (RFC 5737), which no instance routes. The other two documentation networks are the real network of some
+# hosts, which a route of ours there would cut off.
 AGENTS = tuple(IPv4Network("198.51.100.0/25").subnets(new_prefix=31))
+INTERNETS = tuple(IPv4Network("198.51.100.128/25").subnets(new_prefix=30))
 
 
 class Claim:

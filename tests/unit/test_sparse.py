@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from emberbox.linux import sparse
 
 PAGE = 4096
+HOLE_PAGES = 16
+"""Pages of the smallest hole that is dug."""
 
 pages = st.dictionaries(st.integers(0, 63), st.integers(0, 255), max_size=12)
 
@@ -70,14 +72,24 @@ def test_a_page_of_zeros_is_data_and_wins(tmp_path: Path) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
 @given(content=pages)
-def test_digging_holes_changes_no_byte_and_drops_zero_pages(tmp_path: Path, content: dict[int, int]) -> None:
-    before = write(tmp_path / "a", content)
+def test_digging_holes_changes_no_byte_and_drops_blocks_of_zeros(tmp_path: Path, content: dict[int, int]) -> None:
+    blocks = {number * HOLE_PAGES + page: value for number, value in content.items() for page in range(HOLE_PAGES)}
+    before = write(tmp_path / "a", blocks, pages_total=64 * HOLE_PAGES)
 
     sparse.dig_holes(tmp_path / "a")
 
     assert (tmp_path / "a").read_bytes() == before
     kept = sum(length for _, length in sparse.data_ranges(tmp_path / "a"))
-    assert kept == PAGE * sum(1 for value in content.values() if value)
+    assert kept == HOLE_PAGES * PAGE * sum(1 for value in content.values() if value)
+
+
+def test_a_few_zeros_beside_data_are_no_hole(tmp_path: Path) -> None:
+    before = write(tmp_path / "a", {3: 1, 4: 0})
+
+    sparse.dig_holes(tmp_path / "a")
+
+    assert (tmp_path / "a").read_bytes() == before
+    assert list(sparse.data_ranges(tmp_path / "a")) == [(3 * PAGE, 2 * PAGE)]
 
 
 def test_a_checksum_is_the_same_for_a_clone_and_differs_for_one_changed_byte(tmp_path: Path) -> None:
