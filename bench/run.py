@@ -24,6 +24,7 @@ SCRIPTS = (
     ["edge.py"],
     ["template.py"],
     ["code_interpreter.py"],
+    ["mcp.py"],
 )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from emberbox.api.fields import Text, at, at_or_none
 from emberbox.api.template_models import TeamUser
@@ -24,6 +24,13 @@ class Mask(BaseModel):
 
 class Named(BaseModel):
     name: Text
+
+
+class NewApiKey(Named):
+    scopes: Annotated[list[Text] | None, Field(max_length=20, description="What it may do; all when left out")] = None
+    sandboxLimit: Annotated[
+        int | None, Field(ge=1, le=1_000_000, description="How many sandboxes that it made may live at once")
+    ] = None
 
 
 class TeamShown(BaseModel):
@@ -53,6 +60,9 @@ class ApiKey(BaseModel):
     createdAt: datetime
     createdBy: TeamUser | None = None
     lastUsed: datetime | None = None
+    scopes: list[str] | None = None
+    """Left out: all of them."""
+    sandboxLimit: int | None = None
 
 
 class CreatedApiKey(ApiKey):
@@ -83,7 +93,7 @@ def created_access_token(made: NewCredential) -> CreatedAccessToken:
 
 
 def _key(record: CredentialRecord) -> dict[str, Any]:
-    return {
+    shown = {
         "id": record.id,
         "name": record.name,
         "mask": _mask(record),
@@ -91,6 +101,11 @@ def _key(record: CredentialRecord) -> dict[str, Any]:
         "createdBy": None,
         "lastUsed": at_or_none(record.last_used_at),
     }
+    if record.scopes is not None:
+        shown["scopes"] = record.scopes
+    if record.sandbox_limit is not None:
+        shown["sandboxLimit"] = record.sandbox_limit
+    return shown
 
 
 def _mask(record: CredentialRecord) -> Mask:

@@ -12,13 +12,14 @@ from emberbox.api.account_models import (
     CreatedApiKey,
     MaxTeamMetric,
     Named,
+    NewApiKey,
     TeamMetric,
     TeamShown,
     api_key,
     created_access_token,
     created_api_key,
 )
-from emberbox.api.auth import Control, Team
+from emberbox.api.auth import Control, Team, Who
 from emberbox.api.errors import declared
 from emberbox.api.fields import UnixSeconds, at
 from emberbox.api.router import Router
@@ -73,10 +74,13 @@ async def list_keys(plane: Control, team: Team) -> list[ApiKey]:
     return [api_key(record) for record in await plane.accounts.credentials("api_key", team)]
 
 
-@router.post("/api-keys", status_code=201, tags=["api-keys"], responses=declared(400, 401, 500))
-async def create_key(body: Named, plane: Control, team: Team) -> CreatedApiKey:
-    """A new API key; its value is shown this once."""
-    return created_api_key(await plane.accounts.add_credential("api_key", team, body.name))
+@router.post("/api-keys", status_code=201, tags=["api-keys"], responses=declared(400, 401, 403, 500))
+async def create_key(body: NewApiKey, plane: Control, who: Who) -> CreatedApiKey:
+    """A new API key; its value is shown this once. A limited key makes none that may more than it may itself."""
+    made = await plane.accounts.add_credential(
+        "api_key", who.team, body.name, scopes=body.scopes, sandbox_limit=body.sandboxLimit, by=who
+    )
+    return created_api_key(made)
 
 
 @router.patch("/api-keys/{apiKeyID}", tags=["api-keys"], responses=declared(400, 401, 404, 500))
@@ -96,9 +100,9 @@ async def delete_key(apiKeyID: ApiKeyID, plane: Control, team: Team) -> None:
     responses=declared(400, 401, 410, 500),
     deprecated=True,
 )
-async def create_token(body: Named, plane: Control, team: Team) -> CreatedAccessToken:
+async def create_token(body: Named, plane: Control, who: Who) -> CreatedAccessToken:
     """A new access token; its value is shown this once."""
-    return created_access_token(await plane.accounts.add_credential("access_token", team, body.name))
+    return created_access_token(await plane.accounts.add_credential("access_token", who.team, body.name, by=who))
 
 
 @router.delete(

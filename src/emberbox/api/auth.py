@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from emberbox.api.scopes import scope_of
 from emberbox.control.accounts import Principal, check_team_id
 from emberbox.control.errors import Unauthorized
 from emberbox.control.service import ControlPlane
@@ -22,7 +23,7 @@ async def principal(request: Request) -> Principal:
     """
     Raises:
         Unauthorized: no credentials, or unknown ones.
-        Forbidden: `X-Team-ID` names another team than the credential's.
+        Forbidden: `X-Team-ID` names another team than the credential's, or the key lacks the route's scope.
         TooMany: the team asks too often.
     """
     control: ControlPlane = request.app.state.control
@@ -39,6 +40,9 @@ async def principal(request: Request) -> Principal:
         raise Unauthorized("send an API key in the X-API-Key header")
     check_team_id(found.team, headers.get("x-team-id"))
     control.rates.take(found.team)
+    scope = scope_of(request.method, getattr(request.scope.get("route"), "path", ""))
+    if scope is not None:
+        found.check(scope)
     return found
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import Response
 
-from emberbox.api.auth import Control, Team
+from emberbox.api.auth import Control, Team, Who
 from emberbox.api.errors import declared
 from emberbox.api.fields import SandboxID
 from emberbox.api.router import Router
@@ -21,8 +21,8 @@ from emberbox.api.sandbox_models import (
     TimeoutRequest,
     sandbox,
 )
+from emberbox.control.accounts import Principal
 from emberbox.control.service import ControlPlane
-from emberbox.store.records import TeamRecord
 
 router = Router(tags=["sandboxes"])
 
@@ -44,24 +44,22 @@ async def pause(sandboxID: SandboxID, plane: Control, team: Team, body: PauseReq
     responses=declared(400, 401, 404, 409, 500, 503, 504),
     deprecated=True,
 )
-async def resume(sandboxID: SandboxID, plane: Control, team: Team, body: ResumeRequest | None = None) -> Sandbox:
+async def resume(sandboxID: SandboxID, plane: Control, who: Who, body: ResumeRequest | None = None) -> Sandbox:
     """Let a paused sandbox run again."""
     asked = body or ResumeRequest()
     record = await plane.lifecycle.resume(
-        team, sandboxID, timeout=asked.timeout, auto_pause=asked.autoPause, memory=asked.memory
+        who.team, sandboxID, timeout=asked.timeout, auto_pause=asked.autoPause, memory=asked.memory
     )
-    return sandbox(record, plane.plane.tokens, plane.settings.sandbox_domain)
+    return sandbox(record, plane.plane.tokens, plane.settings.sandbox_domain, opened=who.may("sandboxes:exec"))
 
 
 @router.post(
     "/sandboxes/{sandboxID}/connect",
     responses={**_CONNECT, **declared(400, 401, 404, 409, 500, 503, 504)},
 )
-async def connect(
-    sandboxID: SandboxID, body: ConnectRequest, response: Response, plane: Control, team: Team
-) -> Sandbox:
+async def connect(sandboxID: SandboxID, body: ConnectRequest, response: Response, plane: Control, who: Who) -> Sandbox:
     """A running sandbox: its deadline extended (200), or resumed (201)."""
-    return await _connect(plane, team, sandboxID, body.timeout, body.memory, response)
+    return await _connect(plane, who, sandboxID, body.timeout, body.memory, response)
 
 
 @router.post(
@@ -72,12 +70,12 @@ async def connect_v2(
     sandboxID: SandboxID,
     response: Response,
     plane: Control,
-    team: Team,
+    who: Who,
     body: ConnectRequestV2 | None = None,
 ) -> Sandbox:
     """A running sandbox: its deadline extended (200), or resumed (201)."""
     asked = body or ConnectRequestV2()
-    return await _connect(plane, team, sandboxID, asked.timeout, asked.memory, response)
+    return await _connect(plane, who, sandboxID, asked.timeout, asked.memory, response)
 
 
 @router.post("/sandboxes/{sandboxID}/timeout", status_code=204, responses=declared(400, 401, 404, 409, 500, 503))
@@ -100,8 +98,10 @@ async def set_network(sandboxID: SandboxID, body: NetworkUpdate, plane: Control,
 
 
 async def _connect(
-    plane: ControlPlane, team: TeamRecord, sandbox_id: str, timeout: int, memory: bool, response: Response
+    plane: ControlPlane, who: Principal, sandbox_id: str, timeout: int, memory: bool, response: Response
 ) -> Sandbox:
-    connected = await plane.lifecycle.connect(team, sandbox_id, timeout=timeout, memory=memory)
+    connected = await plane.lifecycle.connect(who.team, sandbox_id, timeout=timeout, memory=memory)
     response.status_code = 201 if connected.resumed else 200
-    return sandbox(connected.sandbox, plane.plane.tokens, plane.settings.sandbox_domain)
+    return sandbox(
+        connected.sandbox, plane.plane.tokens, plane.settings.sandbox_domain, opened=who.may("sandboxes:exec")
+    )

@@ -246,7 +246,11 @@ class ForkResult(BaseModel):
 # ---- from the store's records
 
 
-def sandbox(record: SandboxRecord, tokens: SandboxTokens, domain: str) -> Sandbox:
+def sandbox(record: SandboxRecord, tokens: SandboxTokens, domain: str, *, opened: bool) -> Sandbox:
+    """
+    Args:
+        opened: with the tokens that let the caller run commands and reach ports.
+    """
     shown: dict[str, Any] = {
         "templateID": record.template_id,
         "sandboxID": record.id,
@@ -256,9 +260,9 @@ def sandbox(record: SandboxRecord, tokens: SandboxTokens, domain: str) -> Sandbo
     }
     if record.alias is not None:
         shown["alias"] = record.alias
-    if record.secure:
+    if opened and record.secure:
         shown["envdAccessToken"] = tokens.agent(record.id)
-    if record.network.get("allowPublicTraffic") is False:
+    if opened and record.network.get("allowPublicTraffic") is False:
         shown["trafficAccessToken"] = tokens.traffic(record.id)
     return Sandbox(**shown)
 
@@ -267,9 +271,10 @@ def listed_sandbox(record: SandboxRecord) -> ListedSandbox:
     return ListedSandbox(**_listed(record))
 
 
-def sandbox_detail(record: SandboxRecord, tokens: SandboxTokens, domain: str) -> SandboxDetail:
+def sandbox_detail(record: SandboxRecord, tokens: SandboxTokens, domain: str, *, opened: bool) -> SandboxDetail:
+    """`opened` as in `sandbox`."""
     shown = _listed(record)
-    if record.secure:
+    if opened and record.secure:
         shown["envdAccessToken"] = tokens.agent(record.id)
     if record.state == State.PAUSED and record.pause_memory is not None:
         shown["pauseMode"] = "full" if record.pause_memory else "filesystem"

@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, unquote
 
 from fastapi import Header, Query, Request, Response
 
-from emberbox.api.auth import Control, Team
+from emberbox.api.auth import Control, Team, Who
 from emberbox.api.errors import declared
 from emberbox.api.fields import SandboxID, UnixMilliseconds, UnixSeconds
 from emberbox.api.linked import linked, wants_linked
@@ -47,25 +47,28 @@ End = Annotated[UnixSeconds | None, Query(description="End of the interval, unix
 
 
 @router.post("/sandboxes", status_code=201, responses=declared(400, 401, 403, 404, 500, 503, 504))
-async def create(body: NewSandbox, plane: Control, team: Team) -> Sandbox:
+async def create(body: NewSandbox, plane: Control, who: Who) -> Sandbox:
     """Start a sandbox."""
-    record = await plane.sandboxes.create(team, _wanted(body, secure=bool(body.secure)))
-    return sandbox(record, plane.plane.tokens, plane.settings.sandbox_domain)
+    if not body.secure:
+        # Anybody may run commands in it, and so may whoever made it.
+        who.check("sandboxes:exec")
+    record = await plane.sandboxes.create(who.team, _wanted(body, secure=bool(body.secure)), key=who.key_limit)
+    return sandbox(record, plane.plane.tokens, plane.settings.sandbox_domain, opened=who.may("sandboxes:exec"))
 
 
 @router.post("/v2/sandboxes", status_code=201, responses=declared(400, 401, 403, 404, 409, 422, 500, 503, 504))
 async def create_v2(
     body: NewSandboxV2,
     plane: Control,
-    team: Team,
+    who: Who,
     idempotency_key: Annotated[str | None, Header(alias="Idempotency-Key")] = None,
 ) -> Sandbox:
     """Start a secured sandbox. The same `Idempotency-Key` and body give the same sandbox."""
     idempotency = (
         IdempotencyKey.of(idempotency_key, body.model_dump(exclude_unset=True)) if idempotency_key is not None else None
     )
-    record = await plane.sandboxes.create(team, _wanted(body, secure=True), idempotency)
-    return sandbox(record, plane.plane.tokens, plane.settings.sandbox_domain)
+    record = await plane.sandboxes.create(who.team, _wanted(body, secure=True), idempotency, key=who.key_limit)
+    return sandbox(record, plane.plane.tokens, plane.settings.sandbox_domain, opened=who.may("sandboxes:exec"))
 
 
 @router.get("/sandboxes", responses=declared(400, 401, 500), deprecated=True)
@@ -137,10 +140,10 @@ async def metrics_of_many(
 
 
 @router.get("/sandboxes/{sandboxID}", responses=declared(401, 404, 500), response_model=SandboxDetail)
-async def get(sandboxID: SandboxID, plane: Control, team: Team, request: Request) -> SandboxDetail | Response:
+async def get(sandboxID: SandboxID, plane: Control, who: Who, request: Request) -> SandboxDetail | Response:
     """A sandbox that runs or is paused; as JSON-LD where that is asked for."""
-    record = await plane.sandboxes.get(team, sandboxID)
-    detail = sandbox_detail(record, plane.plane.tokens, plane.settings.sandbox_domain)
+    record = await plane.sandboxes.get(who.team, sandboxID)
+    detail = sandbox_detail(record, plane.plane.tokens, plane.settings.sandbox_domain, opened=who.may("sandboxes:exec"))
     return linked(request, "Sandbox", detail) if wants_linked(request) else detail
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import Query, Response
 
-from emberbox.api.auth import Control, Team
+from emberbox.api.auth import Control, Team, Who
 from emberbox.api.errors import declared, error_body
 from emberbox.api.fields import SandboxID
 from emberbox.api.paging import NEXT_TOKEN_HEADER, Limit, NextToken, decode, encode
@@ -54,15 +54,21 @@ async def list_page(
     tags=["sandboxes"],
     responses=declared(400, 401, 404, 409, 500, 501, 503, 504),
 )
-async def fork(sandboxID: SandboxID, plane: Control, team: Team, body: ForkRequest | None = None) -> list[ForkResult]:
+async def fork(sandboxID: SandboxID, plane: Control, who: Who, body: ForkRequest | None = None) -> list[ForkResult]:
     """Start copies of a running sandbox; one result each."""
     asked = body or ForkRequest()
-    results = await plane.snapshots.fork(team, sandboxID, timeout=asked.timeout, count=asked.count)
+    opened = who.may("sandboxes:exec")
+    if not opened and not (await plane.sandboxes.get(who.team, sandboxID)).secure:
+        # Anybody may run commands in the copies.
+        who.check("sandboxes:exec")
+    results = await plane.snapshots.fork(
+        who.team, sandboxID, timeout=asked.timeout, count=asked.count, key=who.key_limit
+    )
     domain = plane.settings.sandbox_domain
     return [
         ForkResult(error=error_body(result))
         if isinstance(result, ControlError)
-        else ForkResult(sandbox=sandbox(result, plane.plane.tokens, domain))
+        else ForkResult(sandbox=sandbox(result, plane.plane.tokens, domain, opened=opened))
         for result in results
     ]
 

@@ -242,12 +242,22 @@ def mcp(data: Data = None) -> None:
 
 @key_app.command("create")
 def key_create(
-    name: Annotated[str, typer.Argument(help="What the key is for.")], data: Data = None, as_json: Json = False
+    name: Annotated[str, typer.Argument(help="What the key is for.")],
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What it may do, repeated for several: sandboxes:read, sandboxes:write, sandboxes:exec, templates, "
+            "admin. Everything when left out."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="How many sandboxes that it made may live at once.")] = None,
+    data: Data = None,
+    as_json: Json = False,
 ) -> None:
     """Make an API key and print it, this once."""
     from emberbox.cli import sandboxes
 
-    sandboxes.create_key(settings_from(data_dir=data), name, as_json=as_json)
+    sandboxes.create_key(settings_from(data_dir=data), name, scopes=scope, limit=limit, as_json=as_json)
 
 
 @key_app.command("list")

@@ -69,9 +69,14 @@ def show_logs(settings: Settings, sandbox_id: str, *, limit: int, level: str | N
         print(printable(f"{entry['timestamp']} {entry['level']:<5} {entry['message']} {fields}".rstrip()))
 
 
-def create_key(settings: Settings, name: str, *, as_json: bool) -> None:
+def create_key(settings: Settings, name: str, *, scopes: list[str] | None, limit: int | None, as_json: bool) -> None:
+    body: dict[str, Any] = {"name": name}
+    if scopes:
+        body["scopes"] = scopes
+    if limit is not None:
+        body["sandboxLimit"] = limit
     with Api(settings) as api:
-        made = api.call("POST", "/api-keys", json={"name": name})
+        made = api.call("POST", "/api-keys", json=body)
     if as_json:
         print_json(made)
         return
@@ -89,8 +94,11 @@ def list_keys(settings: Settings, *, as_json: bool) -> None:
     for key in keys:
         mask = key["mask"]
         shown = f"{mask['prefix']}{mask['maskedValuePrefix']}...{mask['maskedValueSuffix']}"
-        rows.append((key["id"], printable(key["name"]), shown, key["createdAt"], key.get("lastUsed") or "never"))
-    table(("id", "name", "key", "created", "last used"), rows)
+        may = " ".join(key.get("scopes", ["all"]))
+        limit = str(key.get("sandboxLimit", ""))
+        used = key.get("lastUsed") or "never"
+        rows.append((key["id"], printable(key["name"]), shown, may, limit, key["createdAt"], used))
+    table(("id", "name", "key", "scopes", "limit", "created", "last used"), rows)
 
 
 def delete_key(settings: Settings, key_id: str) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hmac
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import structlog
 
 from emberbox.control.clock import now_ms
 from emberbox.control.errors import Forbidden, Invalid, NotFound, Unauthorized
+from emberbox.control.scopes import KeyLimit, Scope, checked_scopes, missing
 from emberbox.control.tokens import (
     ACCESS_TOKEN_PREFIX,
     API_KEY_PREFIX,
@@ -39,6 +41,25 @@ class Principal:
     team: TeamRecord
     kind: CredentialKind | None
     credential: CredentialRecord | None
+
+    def may(self, scope: Scope) -> bool:
+        scopes = self.credential.scopes if self.credential is not None else None
+        return scopes is None or scope in scopes
+
+    def check(self, scope: Scope) -> None:
+        """
+        Raises:
+            Forbidden: the credential lacks the scope.
+        """
+        if not self.may(scope):
+            raise missing(scope)
+
+    @property
+    def key_limit(self) -> KeyLimit | None:
+        """What is written down and counted for sandboxes that it makes; None for all but API keys."""
+        if self.credential is None or self.kind != "api_key":
+            return None
+        return KeyLimit(self.credential.id, self.credential.sandbox_limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +158,30 @@ class Accounts:
     # ---- credentials
 
     async def add_credential(
-        self, kind: CredentialKind, team: TeamRecord, name: str, *, scopes: list[str] | None = None
+        self,
+        kind: CredentialKind,
+        team: TeamRecord,
+        name: str,
+        *,
+        scopes: Sequence[str] | None = None,
+        sandbox_limit: int | None = None,
+        by: Principal | None = None,
     ) -> NewCredential:
         """A new API key or access token of a team.
 
+        Args:
+            scopes: what it may do; None for everything.
+            sandbox_limit: how many sandboxes that it made may live at once; None for as many as the team may have.
+            by: who asks; the new one may do no more than it.
+
         Raises:
-            Invalid: the name is empty or too long.
+            Forbidden: it would.
+            Invalid: the name is empty or too long, there is no such scope, or the limit is below 1.
         """
+        if sandbox_limit is not None and sandbox_limit < 1:
+            raise Invalid(f"a key's limit of sandboxes is at least 1, not {sandbox_limit}")
+        if by is not None:
+            _check_not_wider(by, scopes, sandbox_limit)
         secret = new_secret(_PREFIXES[kind])
         record = CredentialRecord(
             id=str(uuid.uuid4()),
@@ -154,7 +192,8 @@ class Accounts:
             value_length=secret.value_length,
             masked_prefix=secret.masked_prefix,
             masked_suffix=secret.masked_suffix,
-            scopes=scopes,
+            scopes=checked_scopes(scopes) if scopes is not None else None,
+            sandbox_limit=sandbox_limit,
             created_at=now_ms(),
             last_used_at=None,
         )
@@ -207,6 +246,20 @@ def check_team_id(team: TeamRecord, team_id: str | None) -> None:
     """
     if team_id is not None and team.id != team_id:
         raise Forbidden(f"the credential does not belong to team {team_id[:64]!r}")
+
+
+def _check_not_wider(by: Principal, scopes: Sequence[str] | None, sandbox_limit: int | None) -> None:
+    """
+    Raises:
+        Forbidden: a credential with these limits could do what `by` cannot.
+    """
+    if by.credential is None:
+        return
+    own, most = by.credential.scopes, by.credential.sandbox_limit
+    if own is not None and (scopes is None or not set(scopes) <= set(own)):
+        raise Forbidden(f"this key may make keys of its own scopes at most; give `scopes` out of: {', '.join(own)}")
+    if most is not None and (sandbox_limit is None or sandbox_limit > most):
+        raise Forbidden(f"this key may have {most} sandboxes; give a `sandboxLimit` of at most {most}")
 
 
 def _checked_name(name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from emberbox.control.errors import Invalid, TooMany
-from emberbox.store.errors import SandboxLimitReached
+from emberbox.store.errors import KeyLimitReached, SandboxLimitReached
 from emberbox.store.records import TeamRecord
 
 
@@ -67,6 +67,16 @@ def sandbox_limit(error: SandboxLimitReached) -> TooMany:
     """The answer to a team that has all the sandboxes it may have. Waiting a moment rarely helps: not retried."""
     return TooMany(
         f"the team runs {error.limit} sandboxes, as many as it may; kill or pause one first",
+        retry_after=5,
+        should_retry=False,
+    )
+
+
+def key_limit(error: KeyLimitReached) -> TooMany:
+    """The answer to a key that has made all the sandboxes it may have."""
+    return TooMany(
+        f"this API key may have {error.limit} sandboxes at once, running or paused, and has them; kill one first, "
+        "or use another key",
         retry_after=5,
         should_retry=False,
     )

@@ -16,15 +16,16 @@ from emberbox.control.build_plan import image_of
 from emberbox.control.clock import now_ms
 from emberbox.control.edges import route_of
 from emberbox.control.errors import Conflict, ControlError, Invalid, KeyReused, NotBuilt, NotFound
-from emberbox.control.limits import check_timeout, sandbox_limit
+from emberbox.control.limits import check_timeout, key_limit, sandbox_limit
 from emberbox.control.network import check_network, node_network, without_secrets
 from emberbox.control.nodes import Node
 from emberbox.control.plane import Plane
+from emberbox.control.scopes import KeyLimit
 from emberbox.control.states import SHOWN, Event, State, moves, shown_as
 from emberbox.control.templates import Source, Templates
 from emberbox.control.tokens import new_sandbox_id
 from emberbox.store import sandboxes as rows
-from emberbox.store.errors import SandboxLimitReached
+from emberbox.store.errors import KeyLimitReached, SandboxLimitReached
 from emberbox.store.records import BuildRecord, SandboxRecord, TeamRecord
 from emberbox.wire import node_pb2 as pb
 
@@ -80,14 +81,22 @@ class Sandboxes:
         self._templates = templates
 
     async def create(
-        self, team: TeamRecord, wanted: NewSandbox, idempotency: IdempotencyKey | None = None
+        self,
+        team: TeamRecord,
+        wanted: NewSandbox,
+        idempotency: IdempotencyKey | None = None,
+        *,
+        key: KeyLimit | None = None,
     ) -> SandboxRecord:
         """Start a sandbox; returns when its agent answers and its route is set.
+
+        Args:
+            key: the API key that asks for it.
 
         Raises:
             Invalid: a value that cannot be used.
             NotFound: no such template.
-            TooMany: the team has all the sandboxes it may have.
+            TooMany: the team, or the key, has all the sandboxes it may have.
             KeyReused: the idempotency key came with another body before.
             Conflict: a create with the same key is going on; or the sandbox was killed meanwhile.
             ControlError: the node could not start it; nothing is left behind.
@@ -97,13 +106,19 @@ class Sandboxes:
         source = await self._templates.resolve(team, wanted.template)
         node = self._place(source.build)
         record = self._new_record(team, wanted, source, node, idempotency)
+        if key is not None:
+            record = replace(record, api_key_id=key.key_id)
         try:
-            await rows.add(self._plane.store, [record], limit=team.max_sandboxes)
+            await rows.add(
+                self._plane.store, [record], limit=team.max_sandboxes, key_limit=key.most if key is not None else None
+            )
         except rows.IdempotencyKeyUsed:
             assert idempotency is not None
             return await self._repeated(team, idempotency)
         except SandboxLimitReached as error:
             raise sandbox_limit(error) from error
+        except KeyLimitReached as error:
+            raise key_limit(error) from error
 
         with self._plane.carrying(node.node_id, record.id):
             try:
@@ -308,6 +323,7 @@ class Sandboxes:
             end_reason=None,
             idempotency_key=idempotency.key if idempotency else None,
             idempotency_hash=idempotency.body_hash if idempotency else None,
+            api_key_id=None,
         )
 
     def _request(self, record: SandboxRecord, wanted: NewSandbox, source: Source) -> pb.CreateRequest:

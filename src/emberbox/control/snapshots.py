@@ -11,17 +11,18 @@ import structlog
 from emberbox.control.builds import Builds
 from emberbox.control.clock import now_ms
 from emberbox.control.errors import Conflict, ControlError, Invalid, NodeFailed, NodeTooSlow, NodeUnavailable, NotFound
-from emberbox.control.limits import check_timeout, sandbox_limit
+from emberbox.control.limits import check_timeout, key_limit, sandbox_limit
 from emberbox.control.names import DEFAULT_TAG, parse_ref
 from emberbox.control.nodes import Node
 from emberbox.control.plane import Plane
 from emberbox.control.sandboxes import Sandboxes, sandbox_not_found
+from emberbox.control.scopes import KeyLimit
 from emberbox.control.states import State
 from emberbox.control.templates import Templates
 from emberbox.control.tokens import new_template_id
 from emberbox.store import sandboxes as sandbox_rows
 from emberbox.store import templates as rows
-from emberbox.store.errors import DuplicateName, SandboxLimitReached
+from emberbox.store.errors import DuplicateName, KeyLimitReached, SandboxLimitReached
 from emberbox.store.records import BuildRecord, SandboxRecord, TagRecord, TeamRecord, TemplateRecord
 from emberbox.wire import node_pb2 as pb
 
@@ -220,14 +221,14 @@ class Snapshots:
     # ---- forks
 
     async def fork(
-        self, team: TeamRecord, sandbox_id: str, *, timeout: int, count: int
+        self, team: TeamRecord, sandbox_id: str, *, timeout: int, count: int, key: KeyLimit | None = None
     ) -> list[SandboxRecord | ControlError]:
         """Start `count` copies of a running sandbox. Each succeeds or fails by itself.
 
         Raises:
             NotFound: no such sandbox.
             Conflict: it does not run.
-            TooMany: the team would have more sandboxes than it may.
+            TooMany: the team, or the key, would have more sandboxes than it may.
             ControlError: the node could not start with it.
         """
         check_timeout(team, timeout)
@@ -235,11 +236,18 @@ class Snapshots:
         if source.state != State.RUNNING:
             raise Conflict(f"sandbox {sandbox_id!r} is paused; resume it first")
         node = self._plane.nodes.get(source.node_id)
-        records = [self._sandboxes.new_fork(source, timeout) for _ in range(count)]
+        records = [
+            replace(self._sandboxes.new_fork(source, timeout), api_key_id=key.key_id if key is not None else None)
+            for _ in range(count)
+        ]
         try:
-            await sandbox_rows.add(self._plane.store, records, limit=team.max_sandboxes)
+            await sandbox_rows.add(
+                self._plane.store, records, limit=team.max_sandboxes, key_limit=key.most if key is not None else None
+            )
         except SandboxLimitReached as error:
             raise sandbox_limit(error) from error
+        except KeyLimitReached as error:
+            raise key_limit(error) from error
         with self._plane.carrying(node.node_id, *(record.id for record in records)):
             try:
                 results = await node.fork(sandbox_id, [self._sandboxes.fork_request(record) for record in records])

@@ -19,5 +19,13 @@ class SandboxLimitReached(StoreError):
         self.limit = limit
 
 
+class KeyLimitReached(StoreError):
+    """The key already has as many sandboxes as it may."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"limit of {limit} sandboxes of this key reached")
+        self.limit = limit
+
+
 class DuplicateName(StoreError):
     """The name is taken."""

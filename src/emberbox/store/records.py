@@ -34,6 +34,7 @@ class CredentialRecord:
     masked_prefix: str
     masked_suffix: str
     scopes: list[str] | None
+    sandbox_limit: int | None
     created_at: int
     last_used_at: int | None
 
@@ -132,6 +133,7 @@ class SandboxRecord:
     end_reason: str | None
     idempotency_key: str | None
     idempotency_hash: str | None
+    api_key_id: str | None
 
 
 @dataclass(frozen=True, slots=True)

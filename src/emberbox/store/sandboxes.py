@@ -27,7 +27,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from emberbox.store.engine import Store
-from emberbox.store.errors import SandboxLimitReached
+from emberbox.store.errors import KeyLimitReached, SandboxLimitReached
 from emberbox.store.records import SandboxRecord, fields, values
 from emberbox.store.tables import sandboxes, teams, templates
 
@@ -55,6 +55,11 @@ _count_live = (
     .select_from(sandboxes)
     .where(sandboxes.c.team_id == bindparam("team"), sandboxes.c.state.in_(_COUNTED))
 )
+_count_of_key = (
+    select(func.count())
+    .select_from(sandboxes)
+    .where(sandboxes.c.api_key_id == bindparam("key"), sandboxes.c.state.in_((*_COUNTED, "paused")))
+)
 _lock_team = select(teams.c.id).where(teams.c.id == bindparam("team")).with_for_update()
 _insert = insert(sandboxes)
 _spawned = (
@@ -65,11 +70,12 @@ _spawned = (
 _by_id = select(sandboxes).where(sandboxes.c.id == bindparam("sandbox_id"))
 
 
-async def add(store: Store, records: Sequence[SandboxRecord], *, limit: int) -> None:
-    """Insert sandboxes of one team and template, all or none.
+async def add(store: Store, records: Sequence[SandboxRecord], *, limit: int, key_limit: int | None = None) -> None:
+    """Insert sandboxes of one team, template and key, all or none.
 
     Raises:
         SandboxLimitReached: the team would have more than `limit` sandboxes that run.
+        KeyLimitReached: the key would have more than `key_limit` sandboxes that run or are paused.
         IdempotencyKeyUsed: the team has used the key before.
     """
     first = records[0]
@@ -80,6 +86,10 @@ async def add(store: Store, records: Sequence[SandboxRecord], *, limit: int) -> 
         live = (await connection.execute(_count_live, {"team": first.team_id})).scalar_one()
         if live + len(records) > limit:
             raise SandboxLimitReached(limit)
+        if key_limit is not None:
+            of_key = (await connection.execute(_count_of_key, {"key": first.api_key_id})).scalar_one()
+            if of_key + len(records) > key_limit:
+                raise KeyLimitReached(key_limit)
         try:
             await connection.execute(_insert, [values(record) for record in records])
         except IntegrityError as error:

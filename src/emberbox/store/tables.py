@@ -77,7 +77,10 @@ def _credentials(name: str) -> Table:
         Column("value_length", Integer, nullable=False),
         Column("masked_prefix", String(8), nullable=False),
         Column("masked_suffix", String(8), nullable=False),
+        # Null: all of them.
         Column("scopes", Json, nullable=True),
+        # How many sandboxes that it made may live at once; null: as many as the team may have.
+        Column("sandbox_limit", Integer, nullable=True),
         Column("created_at", BigInteger, nullable=False),
         Column("last_used_at", BigInteger, nullable=True),
     )
@@ -205,11 +208,14 @@ sandboxes = Table(
     Column("end_reason", String(16), nullable=True),
     Column("idempotency_key", String(256), nullable=True),
     Column("idempotency_hash", String(64), nullable=True),
+    # The API key that made it. No foreign key: a sandbox outlives its key.
+    Column("api_key_id", String(36), nullable=True),
     Index("ix_sandboxes_team_state", "team_id", "state", "started_at", "id"),
     Index("ix_sandboxes_started", "team_id", "started_at", "id"),
     # Nulls are distinct: any number of sandboxes has no key.
     Index("uq_sandboxes_idempotency", "team_id", "idempotency_key", unique=True),
     Index("ix_sandboxes_live", "state", "node_id"),
+    Index("ix_sandboxes_key_state", "api_key_id", "state"),
     Index("ix_sandboxes_ended_at", "ended_at"),
 )
 

@@ -112,6 +112,7 @@ def sandbox(sandbox_id: str, team_id: str) -> SandboxRecord:
         end_reason=None,
         idempotency_key=None,
         idempotency_hash=None,
+        api_key_id=None,
     )
 
 

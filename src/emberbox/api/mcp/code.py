@@ -172,4 +172,5 @@ RUN_CODE = Tool(
     read_only=False,
     destructive=True,
     idempotent=False,
+    scope="sandboxes:exec",
 )

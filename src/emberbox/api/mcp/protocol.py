@@ -127,7 +127,7 @@ class Protocol:
         async def progress(seconds: float, message: str) -> None:
             await context.session.report_progress(seconds, None, message)
 
-        return Call(self._plane, who.team, self._agent, progress)
+        return Call(self._plane, who, self._agent, progress)
 
     # ---- resources
 

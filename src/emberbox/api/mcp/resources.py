@@ -29,13 +29,17 @@ async def read(call: Call, uri: str) -> str:
     """The resource as JSON.
 
     Raises:
+        Forbidden: the caller's key lacks the scope.
         NotFound: there is no such resource, or no such sandbox.
     """
     if uri == SANDBOXES:
+        call.who.check("sandboxes:read")
         return _json(await sandboxes.list_running(call.plane, call.team))
     if uri == TEMPLATES:
+        call.who.check("templates")
         return _json(await templates.list_all(call.plane, call.team))
     if found := _LOGS_URI.fullmatch(uri):
+        call.who.check("sandboxes:read")
         logs = await sandboxes.logs_v2(found[1], call.plane, call.team, direction="backward")
         return _json(logs.logs)
     raise NotFound(f"there is no resource {uri[:200]!r}; there are {SANDBOXES}, {TEMPLATES} and {LOGS[0]}")

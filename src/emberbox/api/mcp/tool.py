@@ -9,6 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from emberbox.api.agent_client import AgentClient
+from emberbox.control.accounts import Principal
+from emberbox.control.scopes import Scope
 from emberbox.control.service import ControlPlane
 from emberbox.store.records import TeamRecord
 
@@ -22,10 +24,14 @@ class Call:
     """Who calls a tool, and what the tool works with."""
 
     plane: ControlPlane
-    team: TeamRecord
+    who: Principal
     agent: AgentClient
     progress: Callable[[float, str], Awaitable[None]] = _unheard
     """Tell the caller how many seconds have passed, and what happens."""
+
+    @property
+    def team(self) -> TeamRecord:
+        return self.who.team
 
 
 class Input(BaseModel):
@@ -45,6 +51,8 @@ class Tool:
     read_only: bool
     destructive: bool
     idempotent: bool
+    scope: Scope
+    """What a key needs to call it."""
     descriptions: dict[str, str] = field(default_factory=dict)
     """Of input fields, where the model has none."""
 
@@ -62,9 +70,11 @@ class Tool:
         """The structured answer.
 
         Raises:
+            Forbidden: the caller's key lacks the scope.
             pydantic.ValidationError: the arguments do not fit.
             ControlError: it cannot be done.
         """
+        call.who.check(self.scope)
         answer = await self.run(call, self.input.model_validate(_flat(arguments)))
         return answer.model_dump(mode="json", exclude_unset=True)
 

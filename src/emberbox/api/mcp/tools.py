@@ -114,12 +114,13 @@ async def _list_sandboxes(call: Call, asked: ListSandboxes) -> SandboxList:
 
 
 async def _create_sandbox(call: Call, asked: CreateSandbox) -> Sandbox:
-    return await sandboxes.create(asked, call.plane, call.team)
+    return await sandboxes.create(asked, call.plane, call.who)
 
 
 async def _get_sandbox(call: Call, asked: OneSandbox) -> SandboxDetail:
     record = await call.plane.sandboxes.get(call.team, asked.sandboxID)
-    return sandbox_detail(record, call.plane.plane.tokens, call.plane.settings.sandbox_domain)
+    opened = call.who.may("sandboxes:exec")
+    return sandbox_detail(record, call.plane.plane.tokens, call.plane.settings.sandbox_domain, opened=opened)
 
 
 async def _kill_sandbox(call: Call, asked: OneSandbox) -> Done:
@@ -133,11 +134,11 @@ async def _pause_sandbox(call: Call, asked: PauseSandbox) -> Done:
 
 
 async def _resume_sandbox(call: Call, asked: ResumeSandbox) -> Sandbox:
-    return await lifecycle.resume(asked.sandboxID, call.plane, call.team, asked)
+    return await lifecycle.resume(asked.sandboxID, call.plane, call.who, asked)
 
 
 async def _connect_sandbox(call: Call, asked: ConnectSandbox) -> Sandbox:
-    return await lifecycle.connect(asked.sandboxID, asked, Response(), call.plane, call.team)
+    return await lifecycle.connect(asked.sandboxID, asked, Response(), call.plane, call.who)
 
 
 async def _snapshot_sandbox(call: Call, asked: SnapshotSandbox) -> SnapshotInfo:
@@ -197,6 +198,7 @@ def _published(operation: Operation) -> Tool:
         read_only=operation.read_only,
         destructive=operation.destructive,
         idempotent=operation.idempotent,
+        scope="sandboxes:read" if operation.read_only else "sandboxes:write",
         descriptions={parameter.name: parameter.description for parameter in operation.parameters},
     )
 

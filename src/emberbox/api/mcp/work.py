@@ -285,7 +285,7 @@ async def _get_url(call: Call, asked: GetUrl) -> PortUrl:
 
 
 async def _fork_sandbox(call: Call, asked: ForkSandbox) -> Forks:
-    return Forks(forks=await snapshots.fork(asked.sandboxID, call.plane, call.team, asked))
+    return Forks(forks=await snapshots.fork(asked.sandboxID, call.plane, call.who, asked))
 
 
 async def target_of(call: Call, sandbox_id: str, user: str | None) -> Target:
@@ -320,6 +320,7 @@ WORK = (
         read_only=False,
         destructive=True,
         idempotent=False,
+        scope="sandboxes:exec",
     ),
     Tool(
         "e2b-read-file",
@@ -331,6 +332,7 @@ WORK = (
         read_only=True,
         destructive=False,
         idempotent=True,
+        scope="sandboxes:exec",
     ),
     Tool(
         "e2b-write-file",
@@ -342,6 +344,7 @@ WORK = (
         read_only=False,
         destructive=True,
         idempotent=True,
+        scope="sandboxes:exec",
     ),
     Tool(
         "e2b-list-files",
@@ -353,6 +356,7 @@ WORK = (
         read_only=True,
         destructive=False,
         idempotent=True,
+        scope="sandboxes:exec",
     ),
     Tool(
         "e2b-get-url",
@@ -364,6 +368,7 @@ WORK = (
         read_only=True,
         destructive=False,
         idempotent=True,
+        scope="sandboxes:exec",
     ),
     Tool(
         "e2b-fork-sandbox",
@@ -375,5 +380,6 @@ WORK = (
         read_only=False,
         destructive=False,
         idempotent=False,
+        scope="sandboxes:write",
     ),
 )
