@@ -4,6 +4,6 @@ export JUPYTER_PATH=/opt/interpreter/share
 export PATH="/opt/interpreter/venv/bin:$PATH"
 cd "$HOME" || exit 1
 while true; do
-  /opt/interpreter/venv/bin/python -m interpreter
+  /opt/interpreter/venv/bin/python -P -m interpreter
   sleep 1
 done

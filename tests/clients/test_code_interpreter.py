@@ -240,11 +240,59 @@ def test_what_pip_installs_can_be_imported(interpreter: Sandbox) -> None:
 def test_the_server_comes_back_when_code_kills_it(template: str) -> None:
     sandbox = Sandbox.create(timeout=whole_seconds(300))
     try:
-        sandbox.commands.run("pkill -9 -f 'python -m interpreter$'")
+        sandbox.commands.run("pkill -9 -f 'python -P -m interpreter$'")
 
         eventually(lambda: _answers(sandbox), within=60, every=0.5, what="code runs again")
     finally:
         sandbox.kill()
+
+
+def test_files_of_the_user_do_not_stand_for_what_kernels_and_server_need(template: str) -> None:
+    sandbox = Sandbox.create(timeout=whole_seconds(300))
+    try:
+        for name in ("random", "asyncio", "fastapi", "zmq"):
+            sandbox.files.write(f"/home/user/{name}.py", "raise SystemExit('mine')")
+        sandbox.files.write("/home/user/own_module.py", "answer = 42")
+
+        context = sandbox.create_code_context()
+        assert sandbox.run_code("import own_module; own_module.answer", context=context).text == "42"
+        assert sandbox.run_code("echo fine", language="bash").logs.stdout == ["fine\n"]
+        sandbox.commands.run("pkill -9 -f 'python -P -m interpreter$'")
+        eventually(lambda: _answers(sandbox), within=60, every=0.5, what="the server starts beside these files")
+    finally:
+        sandbox.kill()
+
+
+def test_clients_that_leave_while_a_kernel_starts_leave_no_kernel(interpreter: Sandbox) -> None:
+    def kernels() -> int:
+        return int(interpreter.commands.run("pgrep -c -f interpreter_kernel || true").stdout)
+
+    before = kernels()
+    context = interpreter.create_code_context()
+    for _ in range(3):
+        interpreter.run_code("import os; os._exit(1)", context=context)
+        with pytest.raises(e2b.TimeoutException):
+            interpreter.run_code("1", context=context, timeout=0.1)
+    interpreter.remove_code_context(context)
+
+    eventually(lambda: kernels() <= before, within=30, every=0.5, what="their kernels end")
+
+
+def test_code_of_a_context_that_is_removed_is_told(interpreter: Sandbox) -> None:
+    context = interpreter.create_code_context()
+    told: list[str] = []
+
+    def run() -> None:
+        error = interpreter.run_code("import time; time.sleep(60)", context=context).error
+        told.append(error.name if error else "no error")
+
+    running = threading.Thread(target=run)
+    running.start()
+    time.sleep(1)
+    interpreter.remove_code_context(context)
+    running.join(seconds(30))
+
+    assert told == ["ContextRemoved"]
 
 
 def test_a_context_goes_on_after_pause_and_connect(template: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,6 +95,10 @@ def main() -> None:
     app = PythonKernelApp.instance(config=config)
     app.initialize()
     _add_formatters(app.shell)
+    # Python starts with -P: a file of the user's directory must not stand for a module that the kernel needs.
+    # From here on cells may import such files.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     app.start()
 
 

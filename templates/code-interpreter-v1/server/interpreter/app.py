@@ -89,9 +89,11 @@ async def restart_context(context_id: str) -> Response:
 async def execute(body: Execution, x_access_token: Annotated[str, Header()] = "") -> StreamingResponse:
     if body.context_id and body.language:
         raise Invalid("give a context or a language, not both")
-    for name in body.env_vars or {}:
-        if not name.isidentifier():
+    for name, value in (body.env_vars or {}).items():
+        if not (name.isascii() and name.isidentifier()):
             raise Invalid(f"{name[:64]!r} is no name of an environment variable")
+        if "\0" in value:
+            raise Invalid(f"the value of {name!r} has a NUL character, which no environment variable can hold")
     context = contexts.get(body.context_id) if body.context_id else await contexts.default(body.language)
     env = await sandbox_env.get(x_access_token)
     return StreamingResponse(_lines(context, body, env), media_type="application/x-ndjson")

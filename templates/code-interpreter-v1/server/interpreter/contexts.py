@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import os
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 
 from interpreter.errors import Invalid, KernelFailed, NoSuchContext
@@ -32,6 +33,7 @@ class Context:
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._env: dict[str, str] = {}
+        self._closed = False
 
     def describe(self) -> dict[str, str]:
         return {"id": self.id, "language": self.language.name, "cwd": self.cwd}
@@ -49,7 +51,7 @@ class Context:
             except KernelDied:
                 raise KernelFailed(f"the {self.language.name} kernel ended at once") from None
 
-    async def run(self, code: str, *, env: Mapping[str, str], call_env: Mapping[str, str]) -> AsyncIterator[Event]:
+    async def run(self, code: str, *, env: Mapping[str, str], call_env: Mapping[str, str]) -> AsyncGenerator[Event]:
         """Run code when it is its turn and yield what happens. Leaving early interrupts it.
 
         Args:
@@ -72,6 +74,7 @@ class Context:
         await self.start()
 
     async def close(self) -> None:
+        self._closed = True
         for task in list(self._tasks):
             task.cancel()
         await self._drop_kernel()
@@ -82,8 +85,13 @@ class Context:
         try:
             async with self._turn:
                 await self._execute_in_turn(code, env, call_env, events)
+        except asyncio.CancelledError:
+            if self._closed:
+                events.put_nowait(_REMOVED)
+                events.put_nowait({"type": "unexpected_end_of_execution"})
+            raise
         except KernelDied:
-            events.put_nowait(_DIED)
+            events.put_nowait(_REMOVED if self._closed else _DIED)
             events.put_nowait({"type": "unexpected_end_of_execution"})
         except Exception as error:
             events.put_nowait({"type": "error", "name": type(error).__name__, "value": str(error), "traceback": ""})
@@ -119,6 +127,9 @@ class Context:
                 await kernel.run_silently(self.language.pop_env(call_env) if call_env else "")
         except (TimeoutError, KernelDied):
             await self._drop_kernel()
+        except RuntimeError:  # the library's, when its kernel is already stopped: the context was removed
+            if not self._closed:
+                raise
 
     async def _living_kernel(self) -> Kernel:
         if self._kernel is not None and self._kernel.dead:
@@ -142,6 +153,13 @@ _DIED: Event = {
     "traceback": "",
 }
 
+_REMOVED: Event = {
+    "type": "error",
+    "name": "ContextRemoved",
+    "value": "the context was removed while this code ran or waited; create another one",
+    "traceback": "",
+}
+
 
 class Contexts:
     """All contexts, and the default one of each language, which is made when it is first asked for."""
@@ -149,7 +167,7 @@ class Contexts:
     def __init__(self) -> None:
         self._all: dict[str, Context] = {}
         self._defaults: dict[str, Context] = {}
-        self._making = asyncio.Lock()
+        self._making: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def all(self) -> list[Context]:
         return list(self._all.values())
@@ -172,7 +190,8 @@ class Contexts:
             KernelFailed: its kernel does not start.
         """
         language = find_language(name or DEFAULT_LANGUAGE)
-        async with self._making:
+        # A lock each: one language's kernel may take seconds to start, and the others need not wait.
+        async with self._making[language.name]:
             found = self._defaults.get(language.name)
             if found is None:
                 found = self._defaults[language.name] = await self.create(language.name, None)

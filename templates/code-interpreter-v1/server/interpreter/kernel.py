@@ -68,10 +68,13 @@ class Kernel:
             client = manager.client()
             client.start_channels(stdin=False)
             await client.wait_for_ready(timeout=_START_SECONDS)
-        except Exception as error:
+        except BaseException as error:  # also a cancel: whoever waited has gone, and nobody else knows the process
             with contextlib.suppress(Exception):
                 await manager.shutdown_kernel(now=True)
+            context.destroy(linger=0)
             shutil.rmtree(folder, ignore_errors=True)
+            if not isinstance(error, Exception):
+                raise
             raise KernelFailed(f"the {language.name} kernel did not start: {error}") from error
         return cls(language, manager, client, folder)
 

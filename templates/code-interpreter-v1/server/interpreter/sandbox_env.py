@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import urllib.error
 import urllib.request
 
 _URL = "http://127.0.0.1:49983/envs"
@@ -12,18 +11,24 @@ _SECONDS = 2.0
 
 
 class SandboxEnv:
-    """Asked once for each access token: a sandbox gets its variables and its token together."""
+    """Asked once for each access token: a sandbox gets its variables and its token together.
+
+    A sandbox without a token is asked each time: it may be a copy of one with other variables.
+    """
 
     def __init__(self) -> None:
         self._known: dict[str, dict[str, str]] = {}
 
     async def get(self, token: str) -> dict[str, str]:
-        if token not in self._known:
-            try:
-                self._known[token] = await asyncio.to_thread(_ask, token)
-            except (OSError, ValueError):
-                return {}  # without the right token they are not this caller's
-        return self._known[token]
+        if token in self._known:
+            return self._known[token]
+        try:
+            variables = await asyncio.to_thread(_ask, token)
+        except (OSError, ValueError):
+            return {}  # without the right token they are not this caller's
+        if token:
+            self._known[token] = variables
+        return variables
 
 
 def _ask(token: str) -> dict[str, str]:
