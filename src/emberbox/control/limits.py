@@ -74,9 +74,9 @@ def sandbox_limit(error: SandboxLimitReached) -> TooMany:
 
 def key_limit(error: KeyLimitReached) -> TooMany:
     """The answer to a key that has made all the sandboxes it may have."""
+    many = "1 sandbox" if error.limit == 1 else f"{error.limit} sandboxes"
     return TooMany(
-        f"this API key may have {error.limit} sandboxes at once, running or paused, and has them; kill one first, "
-        "or use another key",
+        f"this API key may have {many} at once, running or paused; kill one first, or use another key",
         retry_after=5,
         should_retry=False,
     )

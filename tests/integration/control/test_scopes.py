@@ -188,7 +188,7 @@ async def test_tools_refuse_as_the_rest_api_does(mode: str) -> None:
             made_by_tool = await client.call_tool("e2b-create-sandbox", {"templateID": "base"})
             assert not made_by_tool.is_error
             assert "envdAccessToken" not in made_by_tool.structured_content
-            assert "1 sandboxes" in await message("e2b-create-sandbox", templateID="base")
+            assert "1 sandbox " in await message("e2b-create-sandbox", templateID="base")
             with pytest.raises(Exception, match="templates"):
                 await client.read_resource("emberbox://templates")
         async with connected(url, other, mode) as client:
