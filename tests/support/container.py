@@ -63,7 +63,8 @@ class Guest:
 
     async def run(self, command: str, *, user: str = "root", timeout: float = 180) -> Output:
         """Run a shell command inside."""
-        start = {"process": {"cmd": "/bin/bash", "args": ["-l", "-c", command], "envs": {}}}
+        # One stream: what comes by two has no order.
+        start = {"process": {"cmd": "/bin/bash", "args": ["-l", "-c", f"exec 2>&1\n{command}"], "envs": {}}}
         body = json.dumps(start).encode()
         headers = {
             "Content-Type": "application/connect+json",
