@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from emberbox.api.fields import Text, at, at_or_none
 from emberbox.api.template_models import TeamUser
@@ -27,6 +27,9 @@ class Named(BaseModel):
 
 
 class NewApiKey(Named):
+    # A limit under a name that we do not know must not make a key without one.
+    model_config = ConfigDict(extra="forbid")
+
     scopes: Annotated[list[Text] | None, Field(max_length=20, description="What it may do; all when left out")] = None
     sandboxLimit: Annotated[
         int | None, Field(ge=1, le=1_000_000, description="How many sandboxes that it made may live at once")

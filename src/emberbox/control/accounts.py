@@ -181,7 +181,7 @@ class Accounts:
         if sandbox_limit is not None and sandbox_limit < 1:
             raise Invalid(f"a key's limit of sandboxes is at least 1, not {sandbox_limit}")
         if by is not None:
-            _check_not_wider(by, scopes, sandbox_limit)
+            _check_not_wider(by, scopes)
         secret = new_secret(_PREFIXES[kind])
         record = CredentialRecord(
             id=str(uuid.uuid4()),
@@ -248,18 +248,19 @@ def check_team_id(team: TeamRecord, team_id: str | None) -> None:
         raise Forbidden(f"the credential does not belong to team {team_id[:64]!r}")
 
 
-def _check_not_wider(by: Principal, scopes: Sequence[str] | None, sandbox_limit: int | None) -> None:
+def _check_not_wider(by: Principal, scopes: Sequence[str] | None) -> None:
     """
     Raises:
-        Forbidden: a credential with these limits could do what `by` cannot.
+        Forbidden: a credential with these scopes could do what `by` cannot.
     """
     if by.credential is None:
         return
-    own, most = by.credential.scopes, by.credential.sandbox_limit
+    own = by.credential.scopes
     if own is not None and (scopes is None or not set(scopes) <= set(own)):
         raise Forbidden(f"this key may make keys of its own scopes at most; give `scopes` out of: {', '.join(own)}")
-    if most is not None and (sandbox_limit is None or sandbox_limit > most):
-        raise Forbidden(f"this key may have {most} sandboxes; give a `sandboxLimit` of at most {most}")
+    if by.credential.sandbox_limit is not None:
+        # Several keys of its own limit would be a way around it.
+        raise Forbidden("a key with a limit of sandboxes makes no other keys")
 
 
 def _checked_name(name: str) -> str:
