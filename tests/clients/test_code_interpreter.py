@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import httpx
 import pytest
 from e2b_code_interpreter import Sandbox
 
+from tests.clients import test_mcp_inspector as inspector
 from tests.clients.support import node
 from tests.clients.support.instance import Emberbox
 from tests.clients.support.shipped import ensure_built
@@ -332,6 +335,23 @@ async def test_agents_run_code_through_mcp(template: str, emberbox: Emberbox) ->
     assert after["text"] == "40"
     assert long["truncated"]
     assert len(long["stdout"]) < 100_000
+
+
+def test_the_inspector_runs_code_too(interpreter: Sandbox, emberbox: Emberbox, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    node.install(inspector.HERE)
+    variables = [part for name, value in emberbox.client_env.items() for part in ("-e", f"{name}={value}")]
+    server = [*variables, sys.executable, "-m", "emberbox", "mcp"]
+    call = ["--method", "tools/call", "--tool-name", "e2b-run-code"]
+    arguments = ["--tool-arg", f"sandboxID={interpreter.sandbox_id}", "--tool-arg", "code=print('inspected')"]
+
+    done = subprocess.run(
+        ["node", str(inspector.COMMAND), "--cli", *server, *call, *arguments],
+        cwd=inspector.HERE, env=node.environment(emberbox, tmp_path), capture_output=True, text=True,
+        timeout=seconds(120), check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    assert json.loads(done.stdout)["structuredContent"]["stdout"] == "inspected\n"
 
 
 async def test_running_code_elsewhere_says_which_template_has_it(emberbox: Emberbox) -> None:
