@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -338,20 +335,12 @@ async def test_agents_run_code_through_mcp(template: str, emberbox: Emberbox) ->
 
 
 def test_the_inspector_runs_code_too(interpreter: Sandbox, emberbox: Emberbox, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    node.install(inspector.HERE)
-    variables = [part for name, value in emberbox.client_env.items() for part in ("-e", f"{name}={value}")]
-    server = [*variables, sys.executable, "-m", "emberbox", "mcp"]
     call = ["--method", "tools/call", "--tool-name", "e2b-run-code"]
     arguments = ["--tool-arg", f"sandboxID={interpreter.sandbox_id}", "--tool-arg", "code=print('inspected')"]
 
-    done = subprocess.run(
-        ["node", str(inspector.COMMAND), "--cli", *server, *call, *arguments],
-        cwd=inspector.HERE, env=node.environment(emberbox, tmp_path), capture_output=True, text=True,
-        timeout=seconds(120), check=False,
-    )  # fmt: skip
+    answer = inspector.inspect(emberbox, tmp_path, *call, *arguments)
 
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
-    assert json.loads(done.stdout)["structuredContent"]["stdout"] == "inspected\n"
+    assert answer["structuredContent"]["stdout"] == "inspected\n"
 
 
 async def test_running_code_elsewhere_says_which_template_has_it(emberbox: Emberbox) -> None:
@@ -360,16 +349,7 @@ async def test_running_code_elsewhere_says_which_template_has_it(emberbox: Ember
 
 
 def test_the_javascript_client(template: str, emberbox: Emberbox, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    node.install()
-
-    done = subprocess.run(
-        ["node", "--test", "--test-timeout", str(int(seconds(120) * 1000)), "code_interpreter.mjs"],
-        cwd=node.JS, env=node.environment(emberbox, tmp_path), capture_output=True, text=True, timeout=seconds(280),
-        check=False,
-    )  # fmt: skip
-
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert "tests 0" not in done.stdout, done.stdout
+    node.run_tests(emberbox, tmp_path, "code_interpreter.mjs")
 
 
 def _answers(sandbox: Sandbox) -> bool:

@@ -11,32 +11,34 @@ from typing import Any
 import pytest
 
 from tests.clients.support import node
+from tests.clients.support.instance import Emberbox
 from tests.clients.support.timing import seconds, whole_seconds
 
 HERE = Path(__file__).parent / "inspector"
 COMMAND = HERE / "node_modules" / "@modelcontextprotocol" / "inspector" / "cli" / "build" / "cli.js"
 
 
+def inspect(emberbox: Emberbox, home: Path, *arguments: str) -> dict[str, Any]:
+    """What the inspector prints of `emberbox mcp`."""
+    node.install(HERE)
+    given = [part for name, value in emberbox.client_env.items() for part in ("-e", f"{name}={value}")]
+    done = subprocess.run(
+        ["node", str(COMMAND), "--cli", *given, sys.executable, "-m", "emberbox", "mcp", *arguments],
+        cwd=HERE, env=node.environment(emberbox, home), capture_output=True, text=True, timeout=seconds(120),
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+    return json.loads(done.stdout)
+
+
 @pytest.mark.timeout(seconds(900))
 def test_the_inspector_lists_and_calls_every_tool(emberbox, tmp_path):
-    node.install(HERE)
-
-    def inspect(*arguments: str) -> dict[str, Any]:
-        given = [part for name, value in emberbox.client_env.items() for part in ("-e", f"{name}={value}")]
-        done = subprocess.run(
-            ["node", str(COMMAND), "--cli", *given, sys.executable, "-m", "emberbox", "mcp", *arguments],
-            cwd=HERE, env=node.environment(emberbox, tmp_path), capture_output=True, text=True, timeout=seconds(120),
-            check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
-        return json.loads(done.stdout)
-
-    untried = {tool["name"] for tool in inspect("--method", "tools/list")["tools"]}
+    untried = {tool["name"] for tool in inspect(emberbox, tmp_path, "--method", "tools/list")["tools"]}
 
     def use(tool: str, **arguments: Any) -> dict[str, Any]:
         untried.discard(tool)
         given = [part for name, value in arguments.items() for part in ("--tool-arg", f"{name}={value}")]
-        answer = inspect("--method", "tools/call", "--tool-name", tool, *given)
+        answer = inspect(emberbox, tmp_path, "--method", "tools/call", "--tool-name", tool, *given)
         assert not answer.get("isError"), answer
         assert json.loads(answer["content"][0]["text"]) == answer["structuredContent"]
         return answer["structuredContent"]

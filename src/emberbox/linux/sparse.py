@@ -67,13 +67,8 @@ def checksum(path: Path) -> str:
         descriptor = reader.fileno()
         for offset, length in _ranges(descriptor):
             value = zlib.crc32(b"%d+%d" % (offset, length), value)
-            position = offset
-            while position < offset + length:
-                block = os.pread(descriptor, min(_CHUNK, offset + length - position), position)
-                if not block:
-                    break
+            for block in _blocks(descriptor, offset, offset + length):
                 value = zlib.crc32(block, value)
-                position += len(block)
         size = os.fstat(descriptor).st_size
     return f"crc32:{size}:{value:08x}"
 
@@ -86,13 +81,8 @@ def digest(path: Path) -> str:
         total.update(b"%d" % os.fstat(descriptor).st_size)
         for offset, length in _ranges(descriptor):
             total.update(b"\n%d+%d\n" % (offset, length))
-            position = offset
-            while position < offset + length:
-                block = os.pread(descriptor, min(_CHUNK, offset + length - position), position)
-                if not block:
-                    break
+            for block in _blocks(descriptor, offset, offset + length):
                 total.update(block)
-                position += len(block)
     return total.hexdigest()
 
 
@@ -113,10 +103,7 @@ def dig_holes(path: Path) -> None:
 def _zero_runs(descriptor: int, position: int, end: int) -> Iterator[tuple[int, int]]:
     """Yield (start, end) of neighbouring blocks of zeros, as long as they get: each costs a system call."""
     began: int | None = None
-    while position < end:
-        block = os.pread(descriptor, min(_CHUNK, end - position), position)
-        if not block:
-            break
+    for block in _blocks(descriptor, position, end):
         for at in range(0, len(block), _HOLE):
             part = block[at : at + _HOLE]
             zeros = part == _ZEROS or part == _ZEROS[: len(part)]
@@ -128,6 +115,16 @@ def _zero_runs(descriptor: int, position: int, end: int) -> Iterator[tuple[int, 
         position += len(block)
     if began is not None:
         yield began, position
+
+
+def _blocks(descriptor: int, position: int, end: int) -> Iterator[bytes]:
+    """Yield the bytes from `position` to `end`, or to the end of the file, in pieces."""
+    while position < end:
+        block = os.pread(descriptor, min(_CHUNK, end - position), position)
+        if not block:
+            break
+        yield block
+        position += len(block)
 
 
 def _reflink(reader: int, writer: int) -> bool:

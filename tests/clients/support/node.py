@@ -56,6 +56,18 @@ def environment(emberbox: Emberbox, home: Path) -> dict[str, str]:
     }
 
 
+def run_tests(emberbox: Emberbox, home: Path, name: str, *, each: float = 120, within: float = 280) -> None:
+    """Run a file of js/ with node's test runner; `each` test, and all of them, may take so many (unscaled) seconds."""
+    install()
+    done = subprocess.run(
+        ["node", "--test", "--test-reporter=spec", "--test-timeout", str(int(seconds(each) * 1000)), name],
+        cwd=JS, env=environment(emberbox, home), capture_output=True, text=True, timeout=seconds(within), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{name}:\n{done.stdout}\n{done.stderr}"
+    # A file whose tests were not found would pass too.
+    assert "tests 0" not in done.stdout, done.stdout
+
+
 def run_cli(
     *arguments: str,
     env: Mapping[str, str],
