@@ -50,7 +50,7 @@ async def resume(sandboxID: SandboxID, plane: Control, who: Who, body: ResumeReq
     record = await plane.lifecycle.resume(
         who.team, sandboxID, timeout=asked.timeout, auto_pause=asked.autoPause, memory=asked.memory
     )
-    return sandbox(record, plane.plane.tokens, plane.settings.sandbox_domain, opened=who.may("sandboxes:exec"))
+    return sandbox(record, plane, who)
 
 
 @router.post(
@@ -102,6 +102,4 @@ async def _connect(
 ) -> Sandbox:
     connected = await plane.lifecycle.connect(who.team, sandbox_id, timeout=timeout, memory=memory)
     response.status_code = 201 if connected.resumed else 200
-    return sandbox(
-        connected.sandbox, plane.plane.tokens, plane.settings.sandbox_domain, opened=who.may("sandboxes:exec")
-    )
+    return sandbox(connected.sandbox, plane, who)

@@ -9,9 +9,10 @@ from pydantic import BaseModel, Field
 
 from emberbox.api.errors import Error
 from emberbox.api.fields import Json, StringMap, Text, at
+from emberbox.control.accounts import Principal
 from emberbox.control.plane import envd_version
+from emberbox.control.service import ControlPlane
 from emberbox.control.states import SHOWN, State
-from emberbox.control.tokens import SandboxTokens
 from emberbox.store.records import MetricRecord, SandboxRecord
 
 SandboxState = Literal["running", "paused"]
@@ -246,17 +247,15 @@ class ForkResult(BaseModel):
 # ---- from the store's records
 
 
-def sandbox(record: SandboxRecord, tokens: SandboxTokens, domain: str, *, opened: bool) -> Sandbox:
-    """
-    Args:
-        opened: with the tokens that let the caller run commands and reach ports.
-    """
+def sandbox(record: SandboxRecord, control: ControlPlane, who: Principal) -> Sandbox:
+    """A sandbox with the tokens that let the caller run commands and reach ports, if it may."""
+    tokens, opened = control.plane.tokens, who.may("sandboxes:exec")
     shown: dict[str, Any] = {
         "templateID": record.template_id,
         "sandboxID": record.id,
         "clientID": CLIENT_ID,
         "envdVersion": envd_version(record.agent_version),
-        "domain": domain,
+        "domain": control.settings.sandbox_domain,
     }
     if record.alias is not None:
         shown["alias"] = record.alias
@@ -271,17 +270,17 @@ def listed_sandbox(record: SandboxRecord) -> ListedSandbox:
     return ListedSandbox(**_listed(record))
 
 
-def sandbox_detail(record: SandboxRecord, tokens: SandboxTokens, domain: str, *, opened: bool) -> SandboxDetail:
-    """`opened` as in `sandbox`."""
+def sandbox_detail(record: SandboxRecord, control: ControlPlane, who: Principal) -> SandboxDetail:
+    """Everything of a sandbox, with its token if the caller may run commands."""
     shown = _listed(record)
-    if opened and record.secure:
-        shown["envdAccessToken"] = tokens.agent(record.id)
+    if record.secure and who.may("sandboxes:exec"):
+        shown["envdAccessToken"] = control.plane.tokens.agent(record.id)
     if record.state == State.PAUSED and record.pause_memory is not None:
         shown["pauseMode"] = "full" if record.pause_memory else "filesystem"
     return SandboxDetail(
         **shown,
         allowInternetAccess=record.allow_internet,
-        domain=domain,
+        domain=control.settings.sandbox_domain,
         network=record.network,
         lifecycle=LifecyclePolicy(autoResume=record.auto_resume, onTimeout="pause" if record.auto_pause else "kill"),
     )

@@ -53,7 +53,7 @@ async def create(body: NewSandbox, plane: Control, who: Who) -> Sandbox:
         # Anybody may run commands in it, and so may whoever made it.
         who.check("sandboxes:exec")
     record = await plane.sandboxes.create(who.team, _wanted(body, secure=bool(body.secure)), key=who.key_limit)
-    return sandbox(record, plane.plane.tokens, plane.settings.sandbox_domain, opened=who.may("sandboxes:exec"))
+    return sandbox(record, plane, who)
 
 
 @router.post("/v2/sandboxes", status_code=201, responses=declared(400, 401, 403, 404, 409, 422, 500, 503, 504))
@@ -68,7 +68,7 @@ async def create_v2(
         IdempotencyKey.of(idempotency_key, body.model_dump(exclude_unset=True)) if idempotency_key is not None else None
     )
     record = await plane.sandboxes.create(who.team, _wanted(body, secure=True), idempotency, key=who.key_limit)
-    return sandbox(record, plane.plane.tokens, plane.settings.sandbox_domain, opened=who.may("sandboxes:exec"))
+    return sandbox(record, plane, who)
 
 
 @router.get("/sandboxes", responses=declared(400, 401, 500), deprecated=True)
@@ -143,7 +143,7 @@ async def metrics_of_many(
 async def get(sandboxID: SandboxID, plane: Control, who: Who, request: Request) -> SandboxDetail | Response:
     """A sandbox that runs or is paused; as JSON-LD where that is asked for."""
     record = await plane.sandboxes.get(who.team, sandboxID)
-    detail = sandbox_detail(record, plane.plane.tokens, plane.settings.sandbox_domain, opened=who.may("sandboxes:exec"))
+    detail = sandbox_detail(record, plane, who)
     return linked(request, "Sandbox", detail) if wants_linked(request) else detail
 
 

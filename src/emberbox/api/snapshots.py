@@ -57,18 +57,16 @@ async def list_page(
 async def fork(sandboxID: SandboxID, plane: Control, who: Who, body: ForkRequest | None = None) -> list[ForkResult]:
     """Start copies of a running sandbox; one result each."""
     asked = body or ForkRequest()
-    opened = who.may("sandboxes:exec")
-    if not opened and not (await plane.sandboxes.get(who.team, sandboxID)).secure:
+    if not who.may("sandboxes:exec") and not (await plane.sandboxes.get(who.team, sandboxID)).secure:
         # Anybody may run commands in the copies.
         who.check("sandboxes:exec")
     results = await plane.snapshots.fork(
         who.team, sandboxID, timeout=asked.timeout, count=asked.count, key=who.key_limit
     )
-    domain = plane.settings.sandbox_domain
     return [
         ForkResult(error=error_body(result))
         if isinstance(result, ControlError)
-        else ForkResult(sandbox=sandbox(result, plane.plane.tokens, domain, opened=opened))
+        else ForkResult(sandbox=sandbox(result, plane, who))
         for result in results
     ]
 

@@ -208,11 +208,5 @@ class BuildWork:
     async def _release(self, build: BuildRecord, layers: list[str]) -> None:
         """Have the node remove those of a build's layers that no build uses any more."""
         unused = await rows.unused_layers(self._plane.store, layers, but_by=build.id)
-        if not unused or not build.node_id:
-            return
-        try:
-            await self._plane.nodes.get(build.node_id).delete_build(build.id, sorted(unused))
-        except NotFound:
-            pass
-        except ControlError as error:
-            log.warning("build.left_on_node", build_id=build.id, node_id=build.node_id, reason=error.message)
+        if unused:
+            await self._plane.delete_on_node(build, sorted(unused))

@@ -8,12 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import structlog
+
 from emberbox.control.edges import Edge
-from emberbox.control.errors import ControlError
+from emberbox.control.errors import ControlError, NotFound
 from emberbox.control.nodes import Nodes
 from emberbox.control.tokens import SandboxTokens
 from emberbox.settings import Settings
 from emberbox.store.engine import Store
+from emberbox.store.records import BuildRecord
+
+log = structlog.get_logger()
 
 ENVD_VERSION = "0.6.4"
 """The version of E2B's agent whose behaviour our agent has; clients decide by it which features they use."""
@@ -51,6 +56,25 @@ class Plane:
                     del self.carried[sandbox_id]
             if broken:
                 self.nodes.look_again(node_id)
+
+    async def delete_on_node(self, build: BuildRecord, layers: list[str]) -> None:
+        """Have the node that holds a build or a snapshot remove it; what is left there is told in the log.
+
+        Args:
+            layers: digests that no build uses any more.
+        """
+        if not build.node_id:
+            return
+        try:
+            node = self.nodes.get(build.node_id)
+            if build.snapshot_id is not None:
+                await node.delete_snapshot(build.snapshot_id)
+            else:
+                await node.delete_build(build.id, layers)
+        except NotFound:
+            pass
+        except ControlError as error:
+            log.warning("build.left_on_node", build_id=build.id, node_id=build.node_id, reason=error.message)
 
     def written_down(self, sandbox_id: str, node_id: str) -> None:
         """A create or resume is in the store; look at the node again if it has gone on meanwhile."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import structlog
 
 from emberbox.control.clock import now_ms
-from emberbox.control.errors import ControlError, Forbidden, Invalid, NotFound
+from emberbox.control.errors import Forbidden, Invalid, NotFound
 from emberbox.control.names import DEFAULT_TAG, TemplateRef, did_you_mean, parse_ref
 from emberbox.control.plane import Plane
 from emberbox.store import templates as rows
@@ -260,21 +260,7 @@ class Templates:
 
     async def _gone(self, builds: list[BuildRecord], unused_layers: set[str]) -> None:
         for build in builds:
-            await self._delete_on_node(build, sorted(unused_layers.intersection(build.layers)))
-
-    async def _delete_on_node(self, build: BuildRecord, layers: list[str]) -> None:
-        if not build.node_id:
-            return
-        try:
-            node = self._plane.nodes.get(build.node_id)
-            if build.snapshot_id is not None:
-                await node.delete_snapshot(build.snapshot_id)
-            else:
-                await node.delete_build(build.id, layers)
-        except NotFound:
-            pass
-        except ControlError as error:
-            log.warning("build.left_on_node", build_id=build.id, node_id=build.node_id, reason=error.message)
+            await self._plane.delete_on_node(build, sorted(unused_layers.intersection(build.layers)))
 
     async def _find(self, team: TeamRecord, ref: TemplateRef) -> tuple[TemplateRecord, str | None, BuildRecord | None]:
         store = self._plane.store

@@ -119,8 +119,7 @@ async def _create_sandbox(call: Call, asked: CreateSandbox) -> Sandbox:
 
 async def _get_sandbox(call: Call, asked: OneSandbox) -> SandboxDetail:
     record = await call.plane.sandboxes.get(call.team, asked.sandboxID)
-    opened = call.who.may("sandboxes:exec")
-    return sandbox_detail(record, call.plane.plane.tokens, call.plane.settings.sandbox_domain, opened=opened)
+    return sandbox_detail(record, call.plane, call.who)
 
 
 async def _kill_sandbox(call: Call, asked: OneSandbox) -> Done:
