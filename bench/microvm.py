@@ -32,6 +32,9 @@ NAME = "ebfloor"
 HOST, MACHINE = IPv4Address("198.19.255.253"), IPv4Address("198.19.255.254")
 AGENT_PORT = 49983
 GIVE_UP_SECONDS = 120.0
+CROWD = (1, 10, 30)
+"""Sandboxes that run, this one among them, when a create is measured."""
+FORKS = (1, 20)
 
 
 @dataclass(frozen=True)
@@ -116,15 +119,8 @@ def bare_restore(template: Template, firecracker: Path, work: Path) -> tuple[dic
     for name, device in (("kvm", os.stat("/dev/kvm")), ("net/tun", os.stat("/dev/net/tun"))):
         os.mknod(root / "dev" / name, device.st_mode, device.st_rdev)
     os.mknod(root / "dev" / "urandom", os.stat("/dev/urandom").st_mode, os.stat("/dev/urandom").st_rdev)
-    with netns.opened(NAME) as namespace:
-        began = time.perf_counter()
-        child = subprocess.Popen(
-            ["/firecracker", "--api-sock", "/api.sock", "--level", "Error"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            preexec_fn=lambda: _enter(namespace, root),
-        )
+    began = time.perf_counter()
+    child = netns.run_in(NAME, lambda: _spawn(root))
     socket = root / "api.sock"
     _until(lambda: _put(socket, "GET", "/", None))
     spawned = time.perf_counter()
@@ -144,7 +140,7 @@ def bare_restore(template: Template, firecracker: Path, work: Path) -> tuple[dic
     return times, identity, socket
 
 
-def bare_pause(socket: Path, root: Path) -> float:
+def bare_pause(socket: Path) -> float:
     """Pause and write a diff."""
     began = time.perf_counter()
     _put(socket, "PATCH", "/vm", {"state": "Paused"})
@@ -165,8 +161,18 @@ def bare_resume(socket: Path) -> float:
     return time.perf_counter() - began
 
 
-def _enter(namespace: int, root: Path) -> None:
-    os.setns(namespace, os.CLONE_NEWNET)
+def _spawn(root: Path) -> subprocess.Popen[bytes]:
+    """Start Firecracker in `root` and in the namespace of the calling thread."""
+    return subprocess.Popen(
+        ["/firecracker", "--api-sock", "/api.sock", "--level", "Error"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: _enter(root),
+    )
+
+
+def _enter(root: Path) -> None:
     os.chroot(root)
     os.chdir("/")
 
@@ -207,13 +213,14 @@ def _until(check: Callable[[], bool]) -> None:
 
 
 def floor(template: Template, firecracker: Path, work: Path, runs: int) -> dict[str, list[float]]:
-    """Bare figures, in seconds, of `runs` machines one after the other."""
-    found: dict[str, list[float]] = {"spawn": [], "load": [], "whole": [], "pause": [], "resume": []}
+    """Bare figures, in seconds and `memory` in MiB, of `runs` machines one after the other."""
+    found: dict[str, list[float]] = {name: [] for name in ("spawn", "load", "whole", "memory", "pause", "resume")}
     for number in range(runs):
         place = work / f"floor{number}"
         with bare_namespace():
             times, identity, socket = bare_restore(template, firecracker, place)
-            times["pause"] = bare_pause(socket, place / "root")
+            times["memory"] = private_mib(identity.pid)
+            times["pause"] = bare_pause(socket)
             times["resume"] = bare_resume(socket)
             end_and_wait(identity, GIVE_UP_SECONDS)
         subprocess.run(["rm", "-rf", str(place)], check=True)
@@ -227,9 +234,8 @@ def ours(api: Api, runs: int, rest: float) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"create": [], "pause": [], "resume": []}
     for _ in range(runs):
         time.sleep(rest)
-        began = time.perf_counter()
-        sandbox = api.ask("POST", "/sandboxes", {"templateID": "base", "timeout": 3600})["sandboxID"]
-        found["create"].append(time.perf_counter() - began)
+        sandbox, seconds = _create(api)
+        found["create"].append(seconds)
         began = time.perf_counter()
         api.ask("POST", f"/sandboxes/{sandbox}/pause")
         found["pause"].append(time.perf_counter() - began)
@@ -239,6 +245,73 @@ def ours(api: Api, runs: int, rest: float) -> dict[str, list[float]]:
         found["resume"].append(time.perf_counter() - began)
         api.ask("DELETE", f"/sandboxes/{sandbox}")
     return found
+
+
+def crowd(api: Api, counts: tuple[int, ...], samples: int) -> dict[int, float]:
+    """Median seconds of a create while each of `counts` sandboxes run, from `samples` creates around that number."""
+    found: dict[int, float] = {}
+    alive: list[str] = []
+    try:
+        for count in counts:
+            while len(alive) < count - 1:
+                alive.append(_create(api)[0])
+            times = []
+            for _ in range(samples):
+                sandbox, seconds = _create(api)
+                times.append(seconds)
+                api.ask("DELETE", f"/sandboxes/{sandbox}")
+            found[count] = percentile(times, 0.5)
+    finally:
+        for sandbox in alive:
+            api.ask("DELETE", f"/sandboxes/{sandbox}")
+    return found
+
+
+def forks(api: Api, counts: tuple[int, ...]) -> dict[int, float]:
+    """Seconds of one request for so many forks of a sandbox that runs."""
+    found: dict[int, float] = {}
+    source = _create(api)[0]
+    try:
+        api.ask("DELETE", f"/sandboxes/{_fork(api, source, 1)[0]}")  # makes what later forks share
+        for count in counts:
+            began = time.perf_counter()
+            made = _fork(api, source, count)
+            found[count] = time.perf_counter() - began
+            for sandbox in made:
+                api.ask("DELETE", f"/sandboxes/{sandbox}")
+    finally:
+        api.ask("DELETE", f"/sandboxes/{source}")
+    return found
+
+
+def _fork(api: Api, source: str, count: int) -> list[str]:
+    answers = api.ask("POST", f"/sandboxes/{source}/fork", {"count": count, "timeout": 3600})
+    failed = [answer["error"] for answer in answers if not answer.get("sandbox")]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {count} forks failed: {failed[0]}")
+    return [answer["sandbox"]["sandboxID"] for answer in answers]
+
+
+def _create(api: Api) -> tuple[str, float]:
+    began = time.perf_counter()
+    sandbox: str = api.ask("POST", "/sandboxes", {"templateID": "base", "timeout": 3600})["sandboxID"]
+    return sandbox, time.perf_counter() - began
+
+
+def idle_memory(api: Api, settings: Settings) -> float:
+    """MiB of its own that the Firecracker of a sandbox has which nobody has used yet."""
+    sandbox = _create(api)[0]
+    try:
+        record = json.loads((settings.node_dir / "records" / f"{sandbox}.json").read_text())
+        return private_mib(record["machine"]["facts"]["pid"])
+    finally:
+        api.ask("DELETE", f"/sandboxes/{sandbox}")
+
+
+def private_mib(pid: int) -> float:
+    """What no other process shares, in MiB."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 
 def measure(args: argparse.Namespace) -> Result:
@@ -258,23 +331,53 @@ def measure(args: argparse.Namespace) -> Result:
         subprocess.run(["rm", "-rf", str(work)], check=True)
     through = ours(api, args.runs, rest=args.rest)
     bare["bare pause"], bare["bare resume"] = bare.pop("pause"), bare.pop("resume")
+    bare_memory = percentile(bare.pop("memory"), 0.5)
     middle = {name: percentile(values, 0.5) for name, values in {**bare, **through}.items()}
-    pooled = args.rest > 0
-    details: dict[str, float | int | str] = {name: f"{value * 1000:.0f} ms" for name, value in middle.items()}
+    late = {f"{name} p95": percentile(values, 0.95) for name, values in through.items()}
+    details: dict[str, float | int | str] = {
+        name: f"{value * 1000:.0f} ms" for name, value in {**middle, **late}.items()
+    }
+    whole = middle["whole"]
+    rows = [
+        Row("create / bare restore", middle["create"] / whole, "x", 0.75 if args.rest > 0 else 1.4, details=details),
+        Row("resume / bare restore", middle["resume"] / whole, "x", 1.4),
+        Row("pause / bare pause with diff", middle["pause"] / middle["bare pause"], "x", 1.5),
+    ]
+    if args.crowd:
+        rows += _crowd_rows(api, settings, bare_memory)
     return Result(
-        f"Firecracker sandboxes against a bare restore ({'from the pool' if pooled else 'pool empty'})",
-        [
-            Row(
-                "create / bare restore",
-                middle["create"] / middle["whole"],
-                "x",
-                0.75 if pooled else 1.4,
-                details=details,
-            ),
-            Row("resume / bare restore", middle["resume"] / middle["whole"], "x", 1.4),
-            Row("pause / bare pause with diff", middle["pause"] / middle["bare pause"], "x", 1.5),
-        ],
+        f"Firecracker sandboxes against a bare restore ({'from the pool' if args.rest > 0 else 'pool empty'})", rows
     )
+
+
+def _crowd_rows(api: Api, settings: Settings, bare_memory: float) -> list[Row]:
+    own = idle_memory(api, settings)
+    among = crowd(api, CROWD, samples=3)
+    several = forks(api, FORKS)
+    few, many = FORKS
+    return [
+        Row(
+            "private memory of an idle sandbox beyond the floor's",
+            own - bare_memory,
+            "MiB",
+            1.0,
+            details={"sandbox": f"{own:.1f} MiB", "floor": f"{bare_memory:.1f} MiB"},
+        ),
+        Row(
+            "slowest / fastest create as others run",
+            max(among.values()) / min(among.values()),
+            "x",
+            1.3,
+            details={f"with {count}": f"{seconds * 1000:.0f} ms" for count, seconds in among.items()},
+        ),
+        Row(
+            f"{many} forks / {few}",
+            several[many] / several[few],
+            "x",
+            4.0,
+            details={f"{count} forks": f"{seconds * 1000:.0f} ms" for count, seconds in several.items()},
+        ),
+    ]
 
 
 def _template(settings: Settings) -> Template:
@@ -297,6 +400,9 @@ def options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         help="seconds between creates, in which the pool fills; 0 with EMBERBOX_WARM_MAX=0 measures plain restores",
+    )
+    parser.add_argument(
+        "--crowd", action="store_true", help="also memory, creates among many sandboxes, and many forks (minutes)"
     )
 
 

@@ -21,7 +21,7 @@ base_packages=(
   ca-certificates runc haproxy nftables iproute2 kmod procps
   e2fsprogs erofs-utils util-linux mmdebstrap debian-archive-keyring skopeo umoci lz4
 )
-test_packages=(postgresql wrk git docker-registry apache2-utils zstd)
+test_packages=(busybox-static postgresql wrk git docker-registry apache2-utils zstd)
 lab_packages=(qemu-system-x86 openssh-client git)
 
 missing_packages() {

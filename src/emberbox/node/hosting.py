@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import hashlib
 import secrets
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -74,6 +75,19 @@ class Origin:
     upper: Path | None = None
 
 
+@dataclass(slots=True)
+class _Laps:
+    """Milliseconds of the parts of one start, for the log."""
+
+    taken: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.taken[f"{name}_ms"] = round((now - self._last) * 1000, 1)
+        self._last = now
+
+
 class Hosting:
     """Starts and ends machines in `directory` (`machines/` and `uppers/` below it)."""
 
@@ -127,10 +141,12 @@ class Hosting:
         network: Network,
         undo: contextlib.AsyncExitStack,
     ) -> Hosted:
+        laps = _Laps()
         layers = tuple(self.disks.layer(digest) for digest in origin.layers)
         slot = await finish(self._take_slot(undo))
         if network != OPEN_NETWORK:
             await self.slots.apply(slot, network)
+        laps.lap("slot")
         directory = self.machines_dir / machine_id
         undo.push_async_callback(remove_tree, directory)
         await to_thread_whole(directory.mkdir, mode=0o700)
@@ -142,6 +158,7 @@ class Hosting:
                 await self.disks.clone(origin.saved.upper, upper)
             else:
                 await self.disks.new_upper(upper, limits.disk_size_mb)
+        laps.lap("disk")
         secret = origin.saved_secret or secrets.token_hex(32)
         spec = MachineSpec(
             machine_id=machine_id,
@@ -164,8 +181,11 @@ class Hosting:
         except TimeoutError:
             raise RuntimeFailure(f"the machine did not start within {limit:g} s") from None
         undo.push_async_callback(machine.destroy)
+        laps.lap("runtime")
         hosted = Hosted(machine, spec, secret, self.agent(machine, machine_id, secret))
         await self._until_healthy(hosted)
+        laps.lap("agent")
+        log.debug("machine.started", machine_id=machine_id, **laps.taken)
         undo.pop_all()
         return hosted
 

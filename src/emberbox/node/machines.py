@@ -400,6 +400,7 @@ class Machines:
         else:
             await self.keep_end(sandbox, record, reason, message)
         log.info("sandbox.ended", sandbox_id=sandbox.sandbox_id, reason=reason or EndReason.KILLED, message=message)
+        await sandbox.left()
         if hosted is not None:
             await self.hosting.end(hosted)
         elif record.upper:

@@ -72,12 +72,12 @@ class Pausing:
             raise
 
     async def _pause_saving(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
-        """Put memory and disk into a directory of their own, and end the machine."""
+        """Put memory and disk into a directory of their own; the machine is ended behind the answer."""
         directory = self._machines.saved_dir / f"{sandbox.sandbox_id}-{secrets.token_hex(4)}"
         try:
             await to_thread_whole(directory.mkdir, mode=0o700, parents=True)
             await hosted.machine.pause()
-            saved = await hosted.machine.save(directory, memory=True)
+            saved = await hosted.machine.save(directory, memory=True, final=True)
         except BaseException:
             await finish(self._undo_saving(hosted, directory))
             raise
@@ -91,7 +91,10 @@ class Pausing:
         except BaseException:
             await self._undo_saving(hosted, directory)
             raise
-        await self._leave_machine(sandbox, hosted, keep_upper=False)
+        sandbox.unwatch()
+        sandbox.hosted = None
+        ending = self._hosting.end(hosted)
+        sandbox.leaving = self._machines.tasks.start(ending, name=f"leave {hosted.spec.machine_id}")
 
     async def _undo_saving(self, hosted: Hosted, directory: Path) -> None:
         await self._thaw(hosted)
@@ -195,6 +198,7 @@ class Pausing:
         if discard_memory:
             saved = replace(saved, memory=False)
         secret = "" if discard_memory else running.saved.secret
+        await sandbox.left()  # what the last machine holds of the saved memory need not be copied once it has ended
         hosted = await self._machines.with_room(
             lambda: self._machines.preparing.machine(
                 running.image, running.limits, saved=saved, saved_secret=secret, network=running.network

@@ -150,7 +150,7 @@ class Preparing:
             await self._hosting.run_template_commands(hosted, image)
             await to_thread_whole(_fresh_directory, directory)
             await hosted.machine.pause()
-            saved = await hosted.machine.save(directory, memory=True)
+            saved = await hosted.machine.save(directory, memory=True, final=True)
             data = _ADAPTER.dump_json(SavedFacts.of(saved, hosted.secret))
             await to_thread_whole(write_file, directory / _META, data, flush=True)
         except BaseException:

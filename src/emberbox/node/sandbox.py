@@ -34,6 +34,8 @@ class Sandbox:
         self.writing = asyncio.Lock()
         """Held while the record on the disk changes: a deadline is moved without waiting for `lock`."""
         self.watch: asyncio.Task[None] | None = None
+        self.leaving: asyncio.Task[bool] | None = None
+        """The end of the machine that a pause left."""
         self._operation: asyncio.Task[Any] | None = None
 
     async def operate(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -71,6 +73,12 @@ class Sandbox:
         if self.watch is not None:
             self.watch.cancel()
             self.watch = None
+
+    async def left(self) -> None:
+        """Return when the machine that the last pause left has ended."""
+        if self.leaving is not None:
+            await asyncio.wait({self.leaving})
+            self.leaving = None
 
     def require(self, state: State) -> SandboxRecord:
         """Return the record; raises `WrongState` when the sandbox is in another state."""

@@ -120,8 +120,13 @@ class Machine(Protocol):
 
     async def resume(self) -> None: ...
 
-    async def save(self, into: Path, *, memory: bool) -> Saved:
-        """Write the machine's state into an existing empty directory. The machine stays as it is, paused or running."""
+    async def save(self, into: Path, *, memory: bool, final: bool = False) -> Saved:
+        """Write the machine's state into an existing empty directory. The machine stays as it is, paused or running.
+
+        Args:
+            final: the machine is paused, and ends before its disk is written again or `into` is used; its disk may
+                be moved there by a link.
+        """
         ...
 
     async def stats(self) -> Stats: ...

@@ -148,6 +148,27 @@ async def test_a_saved_machine_is_restored_and_saves_only_changes_from_then_on(
     await machine.destroy()
 
 
+async def test_a_machine_that_ends_leaves_its_disk_instead_of_a_copy(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
+) -> None:
+    spec = new_spec()
+    machine = await runtime.start(spec)
+    await machine.pause()
+    (tmp_path / "copied").mkdir()
+    (tmp_path / "left").mkdir()
+
+    copied = await machine.save(tmp_path / "copied", memory=True)
+    left = await machine.save(tmp_path / "left", memory=True, final=True)
+    await machine.destroy()
+
+    assert copied.upper.stat().st_ino != spec.upper.stat().st_ino
+    assert left.upper.stat().st_ino == spec.upper.stat().st_ino
+    assert left.upper.stat().st_uid == 0
+    restored = await runtime.restore(new_spec("m2"), left)
+    assert await restored.alive()
+    await restored.destroy()
+
+
 async def test_a_machine_saved_twice_is_restored_from_all_its_memory(
     runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
 ) -> None:

@@ -122,7 +122,7 @@ class FakeMachine:
     async def resume(self) -> None:
         self.frozen = False
 
-    async def save(self, into: Path, *, memory: bool) -> Saved:
+    async def save(self, into: Path, *, memory: bool, final: bool = False) -> Saved:
         await self._runtime.passes("save")
         (into / "upper").write_bytes(self.spec.upper.read_bytes())
         return Saved("fake", into, into / "upper", memory, {"from": self.spec.machine_id})

@@ -155,7 +155,29 @@ async def test_memory_on_the_disk_frees_the_machine(make_world: Any) -> None:
 
     await world.node.machines.pause("s1", memory=True)
 
-    assert set(world.left()) == {"saved", "records", "sandboxes"}
+    await until(lambda: set(world.left()) == {"saved", "records", "sandboxes"})
+
+
+async def test_a_resume_waits_for_the_end_of_the_machine_that_the_pause_left(make_world: Any) -> None:
+    world = await make_world(memory=True)
+    await world.create("s1")
+    before = world.runtime.of(world.node, "s1")
+    await world.node.machines.pause("s1", memory=True)
+
+    await world.node.machines.resume("s1", deadline_ms=later(60_000), on_timeout=None, discard_memory=False)
+
+    assert before.destroyed
+    assert world.runtime.of(world.node, "s1") is not before
+
+
+async def test_a_kill_waits_for_the_end_of_the_machine_that_the_pause_left(make_world: Any) -> None:
+    world = await make_world(memory=True)
+    await world.create("s1")
+    await world.node.machines.pause("s1", memory=True)
+
+    await world.node.machines.kill("s1")
+
+    assert world.left() == {}
 
 
 async def test_discarding_memory_starts_cold_from_the_files(make_world: Any, any_runtime: Any) -> None:

@@ -75,7 +75,7 @@ class Container:
         except FileNotFoundError:
             raise MachineGone("the machine has ended") from None
 
-    async def save(self, into: Path, *, memory: bool) -> Saved:
+    async def save(self, into: Path, *, memory: bool, final: bool = False) -> Saved:
         """Copy the upper. The machine stands still for as long as that takes."""
         if memory:
             raise NotSupported("containers cannot save their memory; save the files only")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,12 +96,15 @@ class FirecrackerRuntime:
         """Load a saved machine. It runs when this returns, with the clock and identity of the moment it was saved."""
         if saved.runtime != NAME or not saved.memory:
             raise SavedDamaged(f"a machine saved by '{saved.runtime}' without memory cannot be restored, only started")
+        began = time.perf_counter()
         chain = self._chain(spec)
         async with self._folder_lock(saved.directory):
             manifest, memory = await to_thread_whole(self._prepare, saved.directory, chain)
         _refuse_other_size(spec, manifest)
         links = {_STATE: saved.directory / snapshots.STATE, _MEMORY: memory}
+        prepared = time.perf_counter()
         async with self._jailed(spec, links) as (cell, identity, api):
+            jailed = time.perf_counter()
             try:
                 await api.load_snapshot(state=f"/{_STATE}", memory=f"/{_MEMORY}", resume=True)
             except ApiError as error:
@@ -108,6 +112,13 @@ class FirecrackerRuntime:
                     f"the machine saved by Firecracker {manifest.firecracker} cannot be restored by "
                     f"{self._version}: {error.fault}"
                 ) from error
+        log.debug(
+            "microvm.restored",
+            machine_id=spec.machine_id,
+            prepare_ms=round((prepared - began) * 1000, 1),
+            jail_ms=round((jailed - prepared) * 1000, 1),
+            load_ms=round((time.perf_counter() - jailed) * 1000, 1),
+        )
         machine = self._machine(spec, cell, identity, api, chain, paused=False)
         machine.shorten_soon()
         return machine
