@@ -91,6 +91,12 @@ class Settings(BaseSettings):
     default_cpu_count: int = Field(2, ge=1)
     default_memory_mb: int = Field(1024, ge=128)
     default_disk_size_mb: int = Field(10240, ge=512)
+    default_disk_mb_per_second: int = Field(0, ge=0, le=100_000)
+    """MiB a second that a sandbox may read, and write, where its template does not say. 0: no limit."""
+    default_disk_operations_per_second: int = Field(0, ge=0, le=10_000_000)
+    """Likewise, reads and writes a second."""
+    default_network_mbit_per_second: int = Field(0, ge=0, le=30_000)
+    """Likewise, million bits a second that it may send, and receive."""
     max_machines: int = Field(1000, ge=1)
     id_range_start: int = Field(1_000_000_000, ge=65536)
     """First host id of the containers' user namespaces; each takes 65536."""

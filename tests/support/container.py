@@ -28,7 +28,7 @@ from emberbox.images.base import build_base
 from emberbox.images.layers import LayerStore
 from emberbox.node.disks import Disks
 from emberbox.node.slots import Slots
-from emberbox.runtime.base import Limits, MachineSpec, Slot
+from emberbox.runtime.base import Limits, MachineSpec, Rates, Slot
 from emberbox.runtime.container.machine import Container
 from emberbox.runtime.container.runtime import ContainerRuntime
 from emberbox.settings import Settings
@@ -139,9 +139,13 @@ class World:
         memory_mb: int = 256,
         disk_mb: int = 1024,
         hostname: str = "sandbox",
+        rates: Rates | None = None,
     ) -> Guest:
         """Start a machine and wait for its agent."""
         slot = await self.slots.take()
+        rates = rates or Rates()
+        if rates.network_mbit_per_second:
+            await self.slots.shape(slot, rates.network_mbit_per_second)
         machine_id = "m" + secrets.token_hex(6)
         directory = self.settings.node_dir / "machines" / machine_id
         directory.mkdir(parents=True, mode=0o700)
@@ -156,7 +160,7 @@ class World:
             layers=tuple(self.disks.layer(digest) for digest in layers or self.layers),
             upper=disk,
             slot=slot,
-            limits=Limits(cpu_count=1, memory_mb=memory_mb, disk_size_mb=disk_mb, pids=200),
+            limits=Limits(cpu_count=1, memory_mb=memory_mb, disk_size_mb=disk_mb, pids=200, rates=rates),
             hostname=hostname,
             control_hash=hashlib.sha256(b"control").hexdigest(),
             dns_servers=(slot.host_address,),

@@ -20,9 +20,11 @@ from emberbox.api.template_models import (
     NewTemplateV1,
     NewTemplateV2,
     NewTemplateV3,
+    RateLimits,
     RequestedBuild,
     StartBuild,
     TemplateLegacy,
+    asked_rates,
     build_info,
     build_log_entry,
     build_plan,
@@ -158,10 +160,12 @@ async def shipped(plane: Control, team: Team) -> list[str]:
 
 
 @router.post("/shipped-templates/{name}/builds", status_code=202, include_in_schema=False)
-async def build_shipped(name: PathText, plane: Control, team: Team, force: bool = False) -> dict[str, str]:
+async def build_shipped(
+    name: PathText, plane: Control, team: Team, rates: Annotated[RateLimits, Query()], force: bool = False
+) -> dict[str, str]:
     """Build a shipped template, or join the build that is under way. The team that owns them may."""
     plane.shipped.check_owner(team)
-    build = await plane.shipped.build(name, force=force)
+    build = await plane.shipped.build(name, rates=asked_rates(rates), force=force)
     return {"templateID": build.template_id, "buildID": build.id}
 
 

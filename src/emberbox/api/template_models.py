@@ -23,6 +23,13 @@ CpuCount = Annotated[int, Field(ge=1, le=256)]
 MemoryMB = Annotated[int, Field(ge=128, le=1024 * 1024)]
 DiskMB = Annotated[int, Field(ge=0, le=16 * 1024 * 1024)]
 
+_RATES = {
+    "disk_mb_per_second": "diskMBPerSecond",
+    "disk_operations_per_second": "diskOperationsPerSecond",
+    "network_mbit_per_second": "networkMbitPerSecond",
+}
+"""Control's names and the API's."""
+
 LEVELS: tuple[LogLevel, ...] = ("debug", "info", "warn", "error")
 
 
@@ -48,14 +55,24 @@ class NewTemplateV1(BaseModel):
     memoryMB: MemoryMB | None = None
 
 
-class NewTemplateV2(BaseModel):
+class RateLimits(BaseModel):
+    """How fast the template's sandboxes may be; ours, not E2B's. 0: no limit. Missing: the installation's default."""
+
+    diskMBPerSecond: Annotated[int, Field(ge=0, le=100_000)] | None = None
+    """MiB a second, of reading and of writing."""
+    diskOperationsPerSecond: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
+    networkMbitPerSecond: Annotated[int, Field(ge=0, le=30_000)] | None = None
+    """Million bits a second, of sending and of receiving."""
+
+
+class NewTemplateV2(RateLimits):
     alias: Annotated[Text, Field(max_length=128)]
     teamID: Text | None = None
     cpuCount: CpuCount | None = None
     memoryMB: MemoryMB | None = None
 
 
-class NewTemplateV3(BaseModel):
+class NewTemplateV3(RateLimits):
     name: Annotated[Text, Field(max_length=300)] | None = None
     tags: list[Text] | None = None
     alias: Annotated[Text, Field(max_length=128)] | None = None
@@ -159,7 +176,7 @@ class RequestedBuild(BaseModel):
     aliases: list[str]
 
 
-class TemplateBuild(BaseModel):
+class TemplateBuild(RateLimits):
     buildID: str
     status: BuildStatus
     createdAt: datetime
@@ -285,7 +302,13 @@ def new_template(body: NewTemplateV3) -> NewTemplate:
         cpu_count=body.cpuCount,
         memory_mb=body.memoryMB,
         min_free_disk_mb=body.minFreeDiskMB,
+        rates=asked_rates(body),
     )
+
+
+def asked_rates(body: RateLimits) -> dict[str, int]:
+    """What was said, by control's names."""
+    return {name: rate for name, shown in _RATES.items() if (rate := getattr(body, shown)) is not None}
 
 
 def build_plan(body: StartBuild) -> BuildPlan:
@@ -436,6 +459,7 @@ def _build(build: BuildRecord) -> TemplateBuild:
         "cpuCount": build.cpu_count,
         "memoryMB": build.memory_mb,
         "diskSizeMB": build.disk_size_mb,
+        **{_RATES[name]: rate for name, rate in build.rates.items()},
     }
     if build.finished_at is not None:
         shown["finishedAt"] = at(build.finished_at)

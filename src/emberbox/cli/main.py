@@ -346,6 +346,15 @@ def template_build(
         str, typer.Argument(metavar="NAME", help="A template that ships with Emberbox, or with --image a new one.")
     ],
     image: Annotated[str | None, typer.Option(metavar="REF", help="Build from this image, e.g. debian:12.")] = None,
+    disk_mb_per_second: Annotated[
+        int | None, typer.Option(min=0, metavar="MIB", help="What a sandbox may read, and write, in a second. 0: any.")
+    ] = None,
+    disk_operations_per_second: Annotated[
+        int | None, typer.Option(min=0, metavar="COUNT", help="Reads, and writes, in a second. 0: any.")
+    ] = None,
+    network_mbit_per_second: Annotated[
+        int | None, typer.Option(min=0, metavar="MBIT", help="What it may send, and receive, in a second. 0: any.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run every step again.")] = False,
     data: Data = None,
     as_json: Json = False,
@@ -353,7 +362,14 @@ def template_build(
     """Build a template and show its log. Your own, with files and steps: E2B's SDK or `e2b template create`."""
     from emberbox.cli import templates
 
-    templates.build_template(settings_from(data_dir=data), template, image=image, force=force, as_json=as_json)
+    rates = {
+        "diskMBPerSecond": disk_mb_per_second,
+        "diskOperationsPerSecond": disk_operations_per_second,
+        "networkMbitPerSecond": network_mbit_per_second,
+    }
+    templates.build_template(
+        settings_from(data_dir=data), template, image=image, rates=rates, force=force, as_json=as_json
+    )
 
 
 @template_app.command("delete")

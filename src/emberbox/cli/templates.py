@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -15,6 +16,7 @@ from emberbox.settings import Settings
 _POLL_SECONDS = 0.4
 _LEVEL_STYLES = {"debug": "dim", "warn": "yellow", "error": "red"}
 _BASE = "base"
+_RATES = {"diskMBPerSecond": "MiB/s", "diskOperationsPerSecond": "op/s", "networkMbitPerSecond": "Mbit/s"}
 
 
 def list_templates(settings: Settings, *, as_json: bool) -> None:
@@ -59,7 +61,7 @@ def show_template(settings: Settings, name: str, *, as_json: bool) -> None:
     print(f"access    {'public' if builds['public'] else 'private'}")
     print(f"used      {builds['spawnCount']} times, last {builds['lastSpawnedAt'] or 'never'}")
     table(
-        ("build", "status", "tags", "cpus", "memory", "created"),
+        ("build", "status", "tags", "cpus", "memory", "rates", "created"),
         [
             (
                 build["buildID"],
@@ -67,6 +69,7 @@ def show_template(settings: Settings, name: str, *, as_json: bool) -> None:
                 ", ".join(sorted(by_build.get(build["buildID"], []))),
                 str(build["cpuCount"]),
                 f"{build['memoryMB']} MiB",
+                _rates_of(build),
                 build["createdAt"],
             )
             for build in builds["builds"]
@@ -74,19 +77,25 @@ def show_template(settings: Settings, name: str, *, as_json: bool) -> None:
     )
 
 
-def build_template(settings: Settings, name: str, *, image: str | None, force: bool, as_json: bool) -> None:
+def build_template(
+    settings: Settings, name: str, *, image: str | None, rates: Mapping[str, int | None], force: bool, as_json: bool
+) -> None:
     """Build a shipped template, or one from an image, and show the log while it is built.
+
+    Args:
+        rates: of its sandboxes, by the API's names; None: the installation's default.
 
     Raises:
         CliError: there is nothing to build under this name, or the build failed.
     """
+    asked = {key: value for key, value in rates.items() if value is not None}
     with Api(settings) as api:
         if image is not None:
-            made = api.call("POST", "/v3/templates", json={"name": name})
+            made = api.call("POST", "/v3/templates", json={"name": name, **asked})
             path = f"/v2/templates/{made['templateID']}/builds/{made['buildID']}"
             api.call("POST", path, json={"fromImage": image, "force": force})
         else:
-            made = _start_shipped(api, name, force=force)
+            made = _start_shipped(api, name, asked, force=force)
         try:
             ended = _follow(api, made["templateID"], made["buildID"], as_json=as_json)
         except KeyboardInterrupt:
@@ -131,7 +140,13 @@ def publish_template(settings: Settings, name: str, *, public: bool) -> None:
         err.print(f"{name} is private", markup=False)
 
 
-def _start_shipped(api: Api, name: str, *, force: bool) -> dict[str, Any]:
+def _rates_of(build: Mapping[str, Any]) -> str:
+    """What a build asks for; the installation's defaults are not known here."""
+    shown = [(words, build[key]) for key, words in _RATES.items() if key in build]
+    return ", ".join(f"{rate} {words}" if rate else f"any {words}" for words, rate in shown)
+
+
+def _start_shipped(api: Api, name: str, rates: Mapping[str, int], *, force: bool) -> dict[str, Any]:
     shipped = api.call("GET", "/shipped-templates")
     if name == _BASE:
         raise CliError("'base' is built by `emberbox up`; `emberbox status` says how far it is")
@@ -142,7 +157,7 @@ def _start_shipped(api: Api, name: str, *, force: bool) -> dict[str, Any]:
             "and commands, build it with the E2B SDK (Template.build) or `e2b template create`: see docs/templates.md"
         )
     answer: dict[str, Any] = api.call(
-        "POST", f"/shipped-templates/{name}/builds", params={"force": "true" if force else "false"}
+        "POST", f"/shipped-templates/{name}/builds", params={**rates, "force": "true" if force else "false"}
     )
     return answer
 

@@ -100,7 +100,13 @@ def own_template(image: str) -> str | None:
 
 
 def build_request(
-    build: BuildRecord, team_id: str, plan: BuildPlan, *, files_dir: str, source: BuildRecord | None
+    build: BuildRecord,
+    team_id: str,
+    plan: BuildPlan,
+    *,
+    rates: Mapping[str, int],
+    files_dir: str,
+    source: BuildRecord | None,
 ) -> pb.BuildRequest:
     """The plan in the node contract's words. `source` is the ready build that `from_template` means."""
     request = pb.BuildRequest(
@@ -116,6 +122,7 @@ def build_request(
         cpu_count=build.cpu_count,
         memory_mb=build.memory_mb,
         disk_size_mb=build.disk_size_mb,
+        rates=pb.Rates(**rates),
         force=plan.force,
         files_dir=files_dir,
         credentials=plan.credentials,

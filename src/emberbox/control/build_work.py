@@ -17,6 +17,7 @@ from emberbox.control.errors import ControlError, Invalid, NodeUnavailable, NotF
 from emberbox.control.names import DEFAULT_TAG
 from emberbox.control.nodes import Node
 from emberbox.control.plane import Plane
+from emberbox.control.rates import given_rates
 from emberbox.control.uploads import Uploads
 from emberbox.store import templates as rows
 from emberbox.store.records import BuildRecord, TagRecord
@@ -131,7 +132,8 @@ class BuildWork:
     ) -> pb.BuildRequest:
         recipe = (build.request or {}).get("recipe")
         files_dir = str(self._uploads.folder(team_id))
-        request = build_request(build, team_id, plan, files_dir=files_dir, source=source)
+        given = given_rates(build.rates, self._plane.settings)
+        request = build_request(build, team_id, plan, rates=given, files_dir=files_dir, source=source)
         if recipe:
             request.recipe = recipe
         return request

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import structlog
@@ -51,6 +51,8 @@ class NewTemplate:
     cpu_count: int | None = None
     memory_mb: int | None = None
     min_free_disk_mb: int | None = None
+    rates: Mapping[str, int] = field(default_factory=dict)
+    """By the names of `rates.py`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +195,13 @@ class Builds:
         )
 
     def new_build(
-        self, *, cpu_count: int, memory_mb: int, disk_size_mb: int, request: Mapping[str, Any]
+        self,
+        *,
+        cpu_count: int,
+        memory_mb: int,
+        disk_size_mb: int,
+        rates: Mapping[str, int],
+        request: Mapping[str, Any],
     ) -> BuildRecord:
         """A build that waits to be started. The caller sets `template_id`."""
         now = now_ms()
@@ -204,6 +212,7 @@ class Builds:
             cpu_count=cpu_count,
             memory_mb=memory_mb,
             disk_size_mb=disk_size_mb,
+            rates=dict(rates),
             layers=[],
             env_vars={},
             default_user="",
@@ -330,6 +339,7 @@ class Builds:
             cpu_count=cpu_count,
             memory_mb=memory_mb,
             disk_size_mb=disk_size_mb,
+            rates=wanted.rates,
             request={"tags": tags, "team_id": team.id},
         )
 

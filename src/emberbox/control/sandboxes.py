@@ -20,6 +20,7 @@ from emberbox.control.limits import check_timeout, key_limit, sandbox_limit
 from emberbox.control.network import check_network, node_network, without_secrets
 from emberbox.control.nodes import Node
 from emberbox.control.plane import Plane
+from emberbox.control.rates import given_rates
 from emberbox.control.scopes import KeyLimit
 from emberbox.control.states import SHOWN, Event, State, moves, shown_as
 from emberbox.control.templates import Source, Templates
@@ -270,6 +271,7 @@ class Sandboxes:
             cpu_count=record.cpu_count,
             memory_mb=record.memory_mb,
             disk_size_mb=record.disk_size_mb,
+            rates=pb.Rates(**record.rates),
             access_token=self._plane.tokens.agent(record.id) if record.secure else "",
             network=node_network(record.network, allow_internet=record.allow_internet),
             deadline_unix_ms=record.end_at,
@@ -305,6 +307,7 @@ class Sandboxes:
             cpu_count=build.cpu_count,
             memory_mb=build.memory_mb,
             disk_size_mb=build.disk_size_mb or _DEFAULT_DISK_MB,
+            rates=given_rates(build.rates, self._plane.settings),
             agent_version=build.agent_version,
             metadata=dict(wanted.metadata),
             secure=wanted.secure,
@@ -335,6 +338,7 @@ class Sandboxes:
             cpu_count=record.cpu_count,
             memory_mb=record.memory_mb,
             disk_size_mb=record.disk_size_mb,
+            rates=pb.Rates(**record.rates),
             env_vars=wanted.env_vars,
             access_token=self._plane.tokens.agent(record.id) if wanted.secure else "",
             network=node_network(wanted.network, allow_internet=wanted.allow_internet),

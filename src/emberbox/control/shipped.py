@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -97,6 +98,7 @@ class Shipped:
                 cpu_count=settings.default_cpu_count,
                 memory_mb=settings.default_memory_mb,
                 disk_size_mb=settings.default_disk_size_mb,
+                rates={},
                 request={"recipe": BASE, "tags": [DEFAULT_TAG], "team_id": team.id},
             )
             going_on = await self._add(team, BASE, replace(build, worker=self._plane.worker))
@@ -160,8 +162,11 @@ class Shipped:
         if not team.is_default:
             raise Forbidden("the templates that ship with Emberbox are built by its first team")
 
-    async def build(self, name: str, *, force: bool = False) -> BuildRecord:
+    async def build(self, name: str, *, rates: Mapping[str, int] | None = None, force: bool = False) -> BuildRecord:
         """Start a build of a shipped template, unless one is under way; returns it.
+
+        Args:
+            rates: by the names of `rates.py`.
 
         Raises:
             NotFound: no such template ships with Emberbox.
@@ -184,6 +189,7 @@ class Shipped:
                 cpu_count=shipped.cpu_count or settings.default_cpu_count,
                 memory_mb=shipped.memory_mb or settings.default_memory_mb,
                 disk_size_mb=shipped.disk_size_mb or settings.default_disk_size_mb,
+                rates=rates or {},
                 request={"tags": [DEFAULT_TAG], "team_id": team.id},
             )
             added = await self._add(team, name, build, description=shipped.description)

@@ -15,6 +15,7 @@ from emberbox.control.limits import check_timeout, key_limit, sandbox_limit
 from emberbox.control.names import DEFAULT_TAG, parse_ref
 from emberbox.control.nodes import Node
 from emberbox.control.plane import Plane
+from emberbox.control.rates import kept_rates
 from emberbox.control.sandboxes import Sandboxes, sandbox_not_found
 from emberbox.control.scopes import KeyLimit
 from emberbox.control.states import State
@@ -154,6 +155,7 @@ class Snapshots:
                 cpu_count=record.cpu_count,
                 memory_mb=record.memory_mb,
                 disk_size_mb=record.disk_size_mb,
+                rates=kept_rates(record.rates),
                 request={"snapshot_of": record.id, "memory": memory},
             ),
             status="building",

@@ -1,7 +1,7 @@
-"""Links, addresses and routes over rtnetlink: the few requests that slots need.
+"""Links, addresses, routes and shaping over rtnetlink: the few requests that slots need.
 
 A general netlink library costs 24 MiB of memory and a third of a second at start; this is all of it that is used.
-Layouts are from `linux/rtnetlink.h`, `linux/if_link.h` and `linux/veth.h`.
+Layouts are from `linux/rtnetlink.h`, `linux/if_link.h`, `linux/veth.h` and `linux/pkt_sched.h`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import socket
 import struct
 from ipaddress import IPv4Address, IPv4Interface
 
-_RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_NEWROUTE = 16, 17, 20, 24
-_NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_EXCL, _NLM_F_CREATE = 1, 4, 0x200, 0x400
+_RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_NEWQDISC = 16, 17, 20, 24, 36
+_NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_REPLACE, _NLM_F_EXCL, _NLM_F_CREATE = 1, 4, 0x100, 0x200, 0x400
 _NLMSG_ERROR = 2
 _IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_NET_NS_FD = 3, 18, 28
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_GATEWAY = 5
 _RT_TABLE_MAIN, _RTPROT_BOOT, _RT_SCOPE_UNIVERSE, _RTN_UNICAST = 254, 3, 0, 1
+_TCA_KIND, _TCA_OPTIONS, _TCA_TBF_PARMS, _TCA_TBF_BURST = 1, 2, 1, 6
+_TC_H_ROOT, _TC_LINKLAYER_ETHERNET = 0xFFFFFFFF, 1
+_SMALLEST_BURST = 32 * 1024
 _IFF_UP = 1
 _TIMEOUT_SECONDS = 10.0
 
@@ -76,6 +79,21 @@ class Netlink:
         )
         body = head + _attribute(_RTA_GATEWAY, gateway.packed)
         self._ask(_RTM_NEWROUTE, body, _NLM_F_CREATE | _NLM_F_EXCL, f"adding the route by {gateway}")
+
+    def shape(self, name: str, bytes_per_second: int) -> None:
+        """Let a link send no faster than this (tc-tbf(8)); below 4 GiB a second. What it receives is not touched.
+
+        20 ms' worth may go at once, and 200 ms' worth waits its turn; beyond that packets are dropped, and TCP slows
+        down.
+        """
+        burst = max(bytes_per_second // 50, _SMALLEST_BURST)
+        rate = struct.pack("=BBHhHI", 0, _TC_LINKLAYER_ETHERNET, 0, 0, 0, bytes_per_second)
+        no_peak = bytes(len(rate))
+        parameters = rate + no_peak + struct.pack("=III", burst + bytes_per_second // 5, 0, 0)
+        options = _attribute(_TCA_TBF_PARMS, parameters) + _attribute(_TCA_TBF_BURST, _u32(burst))
+        head = struct.pack("=BxxxiIII", socket.AF_UNSPEC, socket.if_nametoindex(name), 0, _TC_H_ROOT, 0)
+        body = head + _text(_TCA_KIND, "tbf") + _attribute(_TCA_OPTIONS, options)
+        self._ask(_RTM_NEWQDISC, body, _NLM_F_CREATE | _NLM_F_REPLACE, f"shaping {name} (needs sch_tbf in the kernel)")
 
     def _ask(self, kind: int, body: bytes, flags: int, what: str) -> None:
         self._sequence += 1

@@ -22,7 +22,7 @@ from emberbox.node.errors import AgentFailure, NodeError, WrongState
 from emberbox.node.files import remove_file, remove_tree
 from emberbox.node.model import OPEN_NETWORK, Image, Network
 from emberbox.node.tasks import finish
-from emberbox.runtime.base import Limits, Machine, MachineSpec, Runtime, Saved, Slot
+from emberbox.runtime.base import Limits, Machine, MachineSpec, Rates, Runtime, Saved, Slot
 from emberbox.runtime.errors import RuntimeFailure
 from emberbox.threads import to_thread_whole
 
@@ -40,6 +40,7 @@ class SlotSource(Protocol):
     async def give_back(self, slot: Slot) -> None: ...
     async def adopt(self, index: int) -> Slot: ...
     async def apply(self, slot: Slot, policy: Network) -> None: ...
+    async def shape(self, slot: Slot, mbit_per_second: int) -> None: ...
 
 
 class DiskSource(Protocol):
@@ -59,6 +60,37 @@ class Hosted:
     spec: MachineSpec
     secret: str
     agent: Agent
+
+    async def freeze_files(self) -> None:
+        """Flush the files to the disk and hold writes, until the machine ends or `thaw_files`.
+
+        The disk is as fast as it can be meanwhile: at its rate a flush may take longer than anybody waits, and what is
+        not flushed is lost.
+
+        Raises:
+            AgentFailure, RuntimeFailure: it was not flushed; the machine goes on as before.
+        """
+        limited = self.spec.limits.rates.limit_disk
+        if limited:
+            await self.machine.set_rates(Rates())
+        try:
+            await self.agent.freeze_files()
+        except BaseException:
+            if limited:
+                await finish(self.machine.set_rates(self.spec.limits.rates))
+            raise
+
+    async def thaw_files(self) -> None:
+        """Undo `freeze_files`.
+
+        Raises:
+            AgentFailure, RuntimeFailure
+        """
+        try:
+            await self.agent.thaw_files()
+        finally:
+            if self.spec.limits.rates.limit_disk:
+                await self.machine.set_rates(self.spec.limits.rates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +178,8 @@ class Hosting:
         slot = await finish(self._take_slot(undo))
         if network != OPEN_NETWORK:
             await self.slots.apply(slot, network)
+        if limits.rates.network_mbit_per_second:
+            await self.slots.shape(slot, limits.rates.network_mbit_per_second)
         laps.lap("slot")
         directory = self.machines_dir / machine_id
         undo.push_async_callback(remove_tree, directory)

@@ -105,13 +105,13 @@ class Pausing:
         await finish(self._keep_files(sandbox, hosted, paused))
 
     async def _keep_files(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
-        with contextlib.suppress(AgentFailure):
-            await hosted.agent.freeze_files()
+        with contextlib.suppress(AgentFailure, RuntimeFailure):
+            await hosted.freeze_files()
         try:
             await self._machines.store(sandbox, replace(paused, machine=None, saved=self._files_of(hosted)))
         except BaseException:
-            with contextlib.suppress(AgentFailure):
-                await hosted.agent.thaw_files()
+            with contextlib.suppress(AgentFailure, RuntimeFailure):
+                await hosted.thaw_files()
             raise
         await self._leave_machine(sandbox, hosted, keep_upper=True)
 

@@ -1,6 +1,6 @@
 """The warm pool: started, unclaimed machines, a few for each template in use.
 
-A shelf holds the machines of one (build, cpu, memory, disk). It grows when creates come faster than it refills, is
+A shelf holds the machines of one build with the same limits. It grows when creates come faster than it refills, is
 refilled off the request's path, and shrinks when nobody asks. Entries wait restored and paused where the runtime has
 memory snapshots, started elsewhere.
 """
@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import structlog
 
@@ -19,7 +19,7 @@ from emberbox.node.errors import NodeError
 from emberbox.node.hosting import Hosted, Hosting
 from emberbox.node.model import Image
 from emberbox.node.tasks import Tasks
-from emberbox.runtime.base import Limits
+from emberbox.runtime.base import Limits, Rates
 from emberbox.runtime.errors import RuntimeFailure
 
 log = structlog.get_logger("emberbox.node")
@@ -39,13 +39,16 @@ class PoolKey:
     cpu_count: int
     memory_mb: int
     disk_size_mb: int
+    rates: Rates
 
     @classmethod
     def of(cls, image: Image, limits: Limits) -> PoolKey:
-        return cls(image.build_id, limits.cpu_count, limits.memory_mb, limits.disk_size_mb)
+        return cls(image.build_id, limits.cpu_count, limits.memory_mb, limits.disk_size_mb, limits.rates)
 
     def __str__(self) -> str:
-        return f"{self.build_id}-{self.cpu_count}-{self.memory_mb}-{self.disk_size_mb}"
+        """A folder's name. Without rates it is what it was before there were any, and what lies there is found."""
+        name = f"{self.build_id}-{self.cpu_count}-{self.memory_mb}-{self.disk_size_mb}"
+        return name if self.rates == Rates() else "-".join((name, *map(str, astuple(self.rates))))
 
 
 @dataclass(slots=True)

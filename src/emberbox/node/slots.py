@@ -42,6 +42,7 @@ __all__ = ["NetworkPolicy", "Slots"]
 log = structlog.get_logger("emberbox.node")
 
 _INSIDE = "eth0"
+_BYTES_PER_MBIT = 125_000
 _REUSE_AFTER_SECONDS = 10.0
 """An address rests after its machine: late packets and clients of the old one must not meet the new one."""
 _CHECK_SECONDS = 30.0
@@ -160,6 +161,20 @@ class Slots:
         rules = parse_policy(policy)
         await self._firewall.apply(slot, rules)
         self._remember(slot.index, rules)
+
+    async def shape(self, slot: Slot, mbit_per_second: int) -> None:
+        """Let the machine send, and receive, no faster than this; what the host itself sends to it counts.
+
+        Each end of the pair shapes what it sends. That holds for as long as the slot: a slot is taken apart when it is
+        given back, so the next machine starts without.
+
+        Raises:
+            NetworkFailure: the kernel cannot.
+        """
+        try:
+            await asyncio.to_thread(_shape, slot.netns, mbit_per_second * _BYTES_PER_MBIT)
+        except OSError as error:
+            raise NetworkFailure(f"the network of slot {slot.netns} could not be limited: {error}") from error
 
     async def sweep(self, keep: frozenset[int]) -> list[str]:
         """Remove slots that an earlier process left and that are neither in `keep` nor in use here."""
@@ -301,6 +316,16 @@ class Slots:
         for slot in (*self._ready, *self._in_use.values()):
             await self._firewall.admit(slot.index)
             await self._firewall.apply(slot, self._policies.get(slot.index, OPEN_RULES))
+
+
+def _shape(name: str, bytes_per_second: int) -> None:
+    def inside() -> None:
+        with Netlink() as netlink:
+            netlink.shape(_INSIDE, bytes_per_second)
+
+    with Netlink() as netlink:
+        netlink.shape(name, bytes_per_second)
+    netns.run_in(name, inside)
 
 
 def _enable_forwarding() -> None:

@@ -243,8 +243,8 @@ class Snapshots:
 
 async def _freeze_files(hosted: Hosted) -> bool:
     try:
-        await hosted.agent.freeze_files()
-    except AgentFailure as error:
+        await hosted.freeze_files()
+    except (AgentFailure, RuntimeFailure) as error:
         log.warning("snapshot.not_flushed", machine_id=hosted.spec.machine_id, error=str(error))
         return False
     return True
@@ -252,8 +252,8 @@ async def _freeze_files(hosted: Hosted) -> bool:
 
 async def _thaw_files(hosted: Hosted) -> None:
     try:
-        await hosted.agent.thaw_files()
-    except AgentFailure as error:
+        await hosted.thaw_files()
+    except (AgentFailure, RuntimeFailure) as error:
         log.error("snapshot.not_thawed", machine_id=hosted.spec.machine_id, error=str(error))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from emberbox.images.credentials import Credentials
 from emberbox.node.building import model as building
 from emberbox.node.building.plan import read_steps
@@ -9,7 +11,7 @@ from emberbox.node.errors import BadValue, Unsupported
 from emberbox.node.events import Event, Sample
 from emberbox.node.logs import LogEntry
 from emberbox.node.model import EndReason, Image, Network, NewSandbox, State, Status, TimeoutAction
-from emberbox.runtime.base import Limits
+from emberbox.runtime.base import Limits, Rates
 from emberbox.wire import node_pb2 as wire
 
 _STATES = {
@@ -80,7 +82,7 @@ def new_sandbox(message: wire.CreateRequest) -> NewSandbox:
         team_id=message.team_id,
         image=image(message.image) if source == "image" else None,
         snapshot_id=message.snapshot_id,
-        limits=limits(message.cpu_count, message.memory_mb, message.disk_size_mb),
+        limits=limits(message),
         env_vars=dict(message.env_vars),
         access_token=message.access_token,
         network=network(message.network) if message.HasField("network") else Network(),
@@ -90,15 +92,24 @@ def new_sandbox(message: wire.CreateRequest) -> NewSandbox:
     )
 
 
-def limits(cpu_count: int, memory_mb: int, disk_size_mb: int) -> Limits:
+def limits(message: wire.CreateRequest | wire.BuildRequest) -> Limits:
     """
     Raises:
-        BadValue: one of them is not positive.
+        BadValue: a size is not positive, or a rate is negative.
     """
-    for name, value in (("cpuCount", cpu_count), ("memoryMB", memory_mb), ("diskSizeMB", disk_size_mb)):
+    rates = Rates(
+        disk_mb_per_second=message.rates.disk_mb_per_second,
+        disk_operations_per_second=message.rates.disk_operations_per_second,
+        network_mbit_per_second=message.rates.network_mbit_per_second,
+    )
+    made = Limits(message.cpu_count, message.memory_mb, message.disk_size_mb, rates=rates)
+    for name, value in (("cpuCount", made.cpu_count), ("memoryMB", made.memory_mb), ("diskSizeMB", made.disk_size_mb)):
         if value <= 0:
             raise BadValue(f"{name} must be positive, not {value}")
-    return Limits(cpu_count=cpu_count, memory_mb=memory_mb, disk_size_mb=disk_size_mb)
+    for name, value in asdict(rates).items():
+        if value < 0:
+            raise BadValue(f"{name} must not be negative, it is {value}; 0 is no limit")
+    return made
 
 
 def new_build(message: wire.BuildRequest) -> building.NewBuild:
@@ -119,7 +130,7 @@ def new_build(message: wire.BuildRequest) -> building.NewBuild:
         files_dir=message.files_dir,
         start_command=message.start_command,
         ready_command=message.ready_command,
-        limits=limits(message.cpu_count, message.memory_mb, message.disk_size_mb),
+        limits=limits(message),
         force=message.force,
     )
 

@@ -15,6 +15,22 @@ MIB = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
+class Rates:
+    """How fast one machine may be. 0: as fast as it can."""
+
+    disk_mb_per_second: int = 0
+    """MiB a second, of reading and of writing each at the most."""
+    disk_operations_per_second: int = 0
+    """Likewise."""
+    network_mbit_per_second: int = 0
+    """Million bits a second, of sending and of receiving each. The slot's business, not the runtime's."""
+
+    @property
+    def limit_disk(self) -> bool:
+        return bool(self.disk_mb_per_second or self.disk_operations_per_second)
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """What one machine may use."""
 
@@ -22,6 +38,7 @@ class Limits:
     memory_mb: int
     disk_size_mb: int
     pids: int = 4096
+    rates: Rates = Rates()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +130,10 @@ class Machine(Protocol):
         ...
 
     async def set_limits(self, limits: Limits) -> None: ...
+
+    async def set_rates(self, rates: Rates) -> None:
+        """Change the rates of the disk. Without them what was written can go to the disk before a save or an end."""
+        ...
 
     async def pause(self) -> None:
         """Stop the clock, keep everything in memory."""

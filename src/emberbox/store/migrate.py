@@ -7,7 +7,7 @@ from sqlalchemy.engine import Connection
 
 from emberbox.store.engine import Store
 
-HEAD = "0002"
+HEAD = "0003"
 """The newest revision in `migrations/versions`; a test holds the two together."""
 
 _LOCK = 0x656D6265

@@ -61,6 +61,7 @@ class BuildRecord:
     cpu_count: int
     memory_mb: int
     disk_size_mb: int
+    rates: dict[str, int]
     layers: list[str]
     env_vars: dict[str, str]
     default_user: str
@@ -115,6 +116,7 @@ class SandboxRecord:
     cpu_count: int
     memory_mb: int
     disk_size_mb: int
+    rates: dict[str, int]
     agent_version: str
     metadata: dict[str, str]
     secure: bool

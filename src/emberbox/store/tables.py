@@ -124,6 +124,8 @@ template_builds = Table(
     Column("cpu_count", Integer, nullable=False),
     Column("memory_mb", Integer, nullable=False),
     Column("disk_size_mb", Integer, nullable=False),
+    # By the names of the node contract. Of a build: what was asked for; of a sandbox: what it has.
+    Column("rates", Json, nullable=False),
     # What a node needs to start from it: layers, or a snapshot that lies on `node_id`.
     Column("layers", Json, nullable=False),
     Column("env_vars", Json, nullable=False),
@@ -189,6 +191,8 @@ sandboxes = Table(
     Column("cpu_count", Integer, nullable=False),
     Column("memory_mb", Integer, nullable=False),
     Column("disk_size_mb", Integer, nullable=False),
+    # By the names of the node contract. Of a build: what was asked for; of a sandbox: what it has.
+    Column("rates", Json, nullable=False),
     Column("agent_version", String(64), nullable=False),
     Column("metadata", Json, nullable=False),
     Column("secure", Boolean, nullable=False),

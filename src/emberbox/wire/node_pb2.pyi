@@ -360,6 +360,36 @@ class VolumeMount(_message.Message):
 Global___VolumeMount: _TypeAlias = VolumeMount  # noqa: Y015
 
 @_typing.final
+class Rates(_message.Message):
+    """How fast a machine may be. 0: as fast as it can."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISK_MB_PER_SECOND_FIELD_NUMBER: _builtins.int
+    DISK_OPERATIONS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    NETWORK_MBIT_PER_SECOND_FIELD_NUMBER: _builtins.int
+    disk_mb_per_second: _builtins.int
+    """MiB a second, of reading and of writing each at the most"""
+    disk_operations_per_second: _builtins.int
+    """likewise"""
+    network_mbit_per_second: _builtins.int
+    """million bits a second, of sending and of receiving each"""
+    def __init__(
+        self,
+        *,
+        disk_mb_per_second: _builtins.int = ...,
+        disk_operations_per_second: _builtins.int = ...,
+        network_mbit_per_second: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_mb_per_second", b"disk_mb_per_second", "disk_operations_per_second", b"disk_operations_per_second", "network_mbit_per_second", b"network_mbit_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rates: _TypeAlias = Rates  # noqa: Y015
+
+@_typing.final
 class CreateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -418,6 +448,7 @@ class CreateRequest(_message.Message):
     ON_TIMEOUT_FIELD_NUMBER: _builtins.int
     VOLUME_MOUNTS_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    RATES_FIELD_NUMBER: _builtins.int
     sandbox_id: _builtins.str
     template_id: _builtins.str
     team_id: _builtins.str
@@ -441,6 +472,8 @@ class CreateRequest(_message.Message):
     def volume_mounts(self) -> _containers.RepeatedCompositeFieldContainer[Global___VolumeMount]: ...
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def rates(self) -> Global___Rates: ...
     def __init__(
         self,
         *,
@@ -459,10 +492,11 @@ class CreateRequest(_message.Message):
         on_timeout: Global___TimeoutAction.ValueType = ...,
         volume_mounts: _abc.Iterable[Global___VolumeMount] | None = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        rates: Global___Rates | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "network", b"network", "snapshot_id", b"snapshot_id", "source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "network", b"network", "rates", b"rates", "snapshot_id", b"snapshot_id", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_token", b"access_token", "cpu_count", b"cpu_count", "deadline_unix_ms", b"deadline_unix_ms", "disk_size_mb", b"disk_size_mb", "env_vars", b"env_vars", "image", b"image", "memory_mb", b"memory_mb", "metadata", b"metadata", "network", b"network", "on_timeout", b"on_timeout", "sandbox_id", b"sandbox_id", "snapshot_id", b"snapshot_id", "source", b"source", "team_id", b"team_id", "template_id", b"template_id", "volume_mounts", b"volume_mounts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_token", b"access_token", "cpu_count", b"cpu_count", "deadline_unix_ms", b"deadline_unix_ms", "disk_size_mb", b"disk_size_mb", "env_vars", b"env_vars", "image", b"image", "memory_mb", b"memory_mb", "metadata", b"metadata", "network", b"network", "on_timeout", b"on_timeout", "rates", b"rates", "sandbox_id", b"sandbox_id", "snapshot_id", b"snapshot_id", "source", b"source", "team_id", b"team_id", "template_id", b"template_id", "volume_mounts", b"volume_mounts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["image", "snapshot_id"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
@@ -1178,6 +1212,7 @@ class BuildRequest(_message.Message):
     DISK_SIZE_MB_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
     FILES_DIR_FIELD_NUMBER: _builtins.int
+    RATES_FIELD_NUMBER: _builtins.int
     build_id: _builtins.str
     template_id: _builtins.str
     team_id: _builtins.str
@@ -1199,6 +1234,8 @@ class BuildRequest(_message.Message):
     def credentials(self) -> Global___RegistryCredentials: ...
     @_builtins.property
     def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___BuildStep]: ...
+    @_builtins.property
+    def rates(self) -> Global___Rates: ...
     def __init__(
         self,
         *,
@@ -1217,10 +1254,11 @@ class BuildRequest(_message.Message):
         disk_size_mb: _builtins.int = ...,
         force: _builtins.bool = ...,
         files_dir: _builtins.str = ...,
+        rates: Global___Rates | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["credentials", b"credentials", "from_build", b"from_build", "from_image", b"from_image", "recipe", b"recipe", "source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["credentials", b"credentials", "from_build", b"from_build", "from_image", b"from_image", "rates", b"rates", "recipe", b"recipe", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "cpu_count", b"cpu_count", "credentials", b"credentials", "disk_size_mb", b"disk_size_mb", "files_dir", b"files_dir", "force", b"force", "from_build", b"from_build", "from_image", b"from_image", "memory_mb", b"memory_mb", "ready_command", b"ready_command", "recipe", b"recipe", "source", b"source", "start_command", b"start_command", "steps", b"steps", "team_id", b"team_id", "template_id", b"template_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "cpu_count", b"cpu_count", "credentials", b"credentials", "disk_size_mb", b"disk_size_mb", "files_dir", b"files_dir", "force", b"force", "from_build", b"from_build", "from_image", b"from_image", "memory_mb", b"memory_mb", "rates", b"rates", "ready_command", b"ready_command", "recipe", b"recipe", "source", b"source", "start_command", b"start_command", "steps", b"steps", "team_id", b"team_id", "template_id", b"template_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["recipe", "from_image", "from_build"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from emberbox.runtime.base import MIB, Limits
+from emberbox.runtime.base import MIB, Limits, Rates
 from emberbox.runtime.container import cgroups
 from emberbox.runtime.container.cgroups import CgroupV1, CgroupV2
 from emberbox.runtime.errors import RuntimeFailure
@@ -36,7 +37,7 @@ def v2(root: Path) -> Path:
 
 @pytest.fixture
 def v1(root: Path) -> Path:
-    for controller in ("cpu", "cpuacct", "memory", "pids", "freezer", "unified"):
+    for controller in ("cpu", "cpuacct", "memory", "pids", "freezer", "blkio", "unified"):
         (root / controller / "eb1/m1").mkdir(parents=True)
     memory = root / "memory/eb1/m1"
     (root / "memory/memory.memsw.limit_in_bytes").write_text("9223372036854771712\n")
@@ -151,3 +152,31 @@ def test_removing_takes_every_hierarchy(v1: Path) -> None:
     CgroupV1("/eb1/m1").remove()
 
     assert cgroups.children("/eb1") == []
+
+
+RATES = Rates(disk_mb_per_second=5, disk_operations_per_second=100)
+DISK = os.makedev(7, 3)
+
+
+def test_rates_of_version_2_are_one_line_a_device(v2: Path) -> None:
+    CgroupV2("/eb1/m1").set_rates(RATES, DISK)
+    limited = (v2 / "io.max").read_text()
+    CgroupV2("/eb1/m1").lift_rates()
+
+    assert limited == f"7:3 rbps={5 * MIB} wbps={5 * MIB} riops=100 wiops=100"
+    assert (v2 / "io.max").read_text() == "7:3 rbps=max wbps=max riops=max wiops=max"
+
+
+def test_rates_of_version_1_are_a_file_each(v1: Path) -> None:
+    folder = v1 / "blkio/eb1/m1"
+    CgroupV1("/eb1/m1").set_rates(RATES, DISK)
+    limited = {path.name: path.read_text() for path in folder.iterdir()}
+    CgroupV1("/eb1/m1").lift_rates()
+
+    assert limited == {
+        "blkio.throttle.read_bps_device": f"7:3 {5 * MIB}",
+        "blkio.throttle.write_bps_device": f"7:3 {5 * MIB}",
+        "blkio.throttle.read_iops_device": "7:3 100",
+        "blkio.throttle.write_iops_device": "7:3 100",
+    }
+    assert {path.read_text() for path in folder.iterdir()} == {"7:3 0"}

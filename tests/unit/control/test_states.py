@@ -94,6 +94,7 @@ def sandbox(sandbox_id: str, team_id: str) -> SandboxRecord:
         cpu_count=1,
         memory_mb=128,
         disk_size_mb=512,
+        rates={},
         agent_version="",
         metadata={},
         secure=True,

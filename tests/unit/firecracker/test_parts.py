@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from emberbox.runtime.base import Limits, MachineSpec, Slot
+from emberbox.runtime.base import MIB, Limits, MachineSpec, Rates, Slot
 from emberbox.runtime.firecracker import binaries, guest, jail, kernel, setup, trial
+from emberbox.runtime.firecracker.api import RateLimit
 from emberbox.runtime.firecracker.errors import FirecrackerError, GuestFilesError
+from emberbox.runtime.firecracker.machine import buckets
 from emberbox.settings import Settings
 
 
@@ -167,3 +169,9 @@ def test_a_tree_with_two_kernels_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(GuestFilesError, match="found 2"):
         kernel.open_tree(tmp_path)
+
+
+def test_rates_are_a_seconds_worth_and_none_is_no_bucket() -> None:
+    assert buckets(Rates()) == (None, None)
+    assert buckets(Rates(disk_mb_per_second=5, network_mbit_per_second=8)) == (RateLimit(5 * MIB, 1000), None)
+    assert buckets(Rates(disk_operations_per_second=100)) == (None, RateLimit(100, 1000))

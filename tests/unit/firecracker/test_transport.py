@@ -122,15 +122,16 @@ async def test_a_socket_deeper_than_a_unix_path_may_be_is_reached(
 
 async def test_requests_say_what_the_specification_says(server: Server) -> None:
     api = Firecracker(server.folder, NAME, Deadlines())
-    limit = RateLimit(size=1000, refill_ms=100, burst=5000)
+    limit = RateLimit(size=1000, refill_ms=100)
 
     await api.set_machine(cpu_count=2, memory_mb=512)
     await api.add_drive(Drive("upper", "/upper", read_only=False, bandwidth=limit))
-    await api.add_network(NetworkInterface("eth0", "tap0", "06:00:00:00:00:01", receive=limit))
+    await api.add_network(NetworkInterface("eth0", "tap0", "06:00:00:00:00:01"))
+    await api.limit_drive("upper", None, limit)
     await api.create_snapshot("Diff", state="/out/state", memory="/out/memory.1")
     await api.load_snapshot(state="/state", memory="/memory", resume=True)
 
-    bucket = {"size": 1000, "refill_time": 100, "one_time_burst": 5000}
+    bucket = {"size": 1000, "refill_time": 100}
     assert server.asked == [
         (
             "PUT /machine-config",
@@ -152,8 +153,11 @@ async def test_requests_say_what_the_specification_says(server: Server) -> None:
                 "iface_id": "eth0",
                 "host_dev_name": "tap0",
                 "guest_mac": "06:00:00:00:00:01",
-                "rx_rate_limiter": {"bandwidth": bucket},
             },
+        ),
+        (
+            "PATCH /drives/upper",
+            {"drive_id": "upper", "rate_limiter": {"bandwidth": {"size": 0, "refill_time": 0}, "ops": bucket}},
         ),
         (
             "PUT /snapshot/create",

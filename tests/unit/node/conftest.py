@@ -18,7 +18,7 @@ from emberbox.node.errors import LayerMissing, NodeFull
 from emberbox.node.machines import Seed
 from emberbox.node.model import Image, Network, NewSandbox, TimeoutAction, now_ms
 from emberbox.node.node import Node
-from emberbox.runtime.base import Capabilities, Limits, MachineSpec, Saved, Slot, Stats
+from emberbox.runtime.base import Capabilities, Limits, MachineSpec, Rates, Saved, Slot, Stats
 from emberbox.runtime.errors import RuntimeFailure
 from emberbox.settings import Settings
 
@@ -33,7 +33,10 @@ class FakeAgent:
         self.address = address
         self.inits: list[dict[str, Any]] = []
         self.commands: list[str] = []
+        self.told: list[str] = []
+        """Routes in order, and what the machine's disk was set to in between."""
         self.refuse_init = False
+        self.refuse_freeze = False
         self.stall_init = asyncio.Event()
         self.stall_init.set()
         self.init_reached = asyncio.Event()
@@ -65,6 +68,9 @@ class FakeAgent:
 
     async def _answer(self, method: str, target: str, body: bytes) -> tuple[int, bytes]:
         route, _, query = target.partition("?")
+        self.told.append(route)
+        if route == "/fsfreeze" and self.refuse_freeze:
+            return 500, b"no"
         if route == "/init":
             self.init_reached.set()
             await self.stall_init.wait()
@@ -114,6 +120,9 @@ class FakeMachine:
         return self.reason
 
     async def set_limits(self, limits: Limits) -> None: ...
+
+    async def set_rates(self, rates: Rates) -> None:
+        self.agent.told.append(f"rates {rates.disk_mb_per_second}")
 
     async def pause(self) -> None:
         await self._runtime.passes("pause")
@@ -218,6 +227,7 @@ class FakeSlots:
         self.size = size
         self.used: set[int] = set()
         self.policies: dict[int, Network] = {}
+        self.shaped: dict[int, int] = {}
 
     async def start(self) -> None: ...
 
@@ -234,6 +244,7 @@ class FakeSlots:
     async def give_back(self, slot: Slot) -> None:
         self.used.discard(slot.index)
         self.policies.pop(slot.index, None)
+        self.shaped.pop(slot.index, None)
 
     async def adopt(self, index: int) -> Slot:
         self.used.add(index)
@@ -241,6 +252,9 @@ class FakeSlots:
 
     async def apply(self, slot: Slot, policy: Network) -> None:
         self.policies[slot.index] = policy
+
+    async def shape(self, slot: Slot, mbit_per_second: int) -> None:
+        self.shaped[slot.index] = mbit_per_second
 
     async def sweep(self, keep: frozenset[int]) -> list[str]:
         gone = self.used - keep

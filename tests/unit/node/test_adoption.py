@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
 
 from emberbox.node.errors import NodeBusy
 from emberbox.node.model import EndReason, Network, State, TimeoutAction, now_ms
+from emberbox.runtime.base import Rates
 
 
 async def test_running_sandboxes_outlive_the_node_process(make_world: Any) -> None:
@@ -164,3 +166,24 @@ async def test_two_processes_cannot_share_a_directory(make_world: Any) -> None:
         await world.start()
 
     world.node = first
+
+
+async def test_records_and_snapshots_from_before_there_were_rates_are_read(make_world: Any) -> None:
+    world = await make_world()
+    await world.create("s1")
+    await world.node.snapshots.take("s1", "snap", memory=False)
+    await world.kill_process()
+    for path in (
+        world.node.directory / "records" / "s1.json",
+        world.node.directory / "snapshots" / "snap" / "meta.json",
+    ):
+        written = json.loads(path.read_text())
+        del written["limits"]["rates"]
+        path.write_text(json.dumps(written))
+
+    await world.start()
+
+    record = world.node.machines.find("s1").record
+    async with world.node.snapshots.used("snap", record.limits) as seed:
+        assert seed.limits.rates == Rates()
+    assert record.limits.rates == Rates()

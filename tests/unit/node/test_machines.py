@@ -18,7 +18,11 @@ from emberbox.node.errors import (
     WrongState,
 )
 from emberbox.node.model import EndReason, Image, Network, State, TimeoutAction, now_ms
+from emberbox.runtime.base import Limits, Rates
 from emberbox.runtime.errors import RuntimeFailure
+
+RATES = Rates(disk_mb_per_second=5, network_mbit_per_second=8)
+LIMITED = Limits(cpu_count=1, memory_mb=128, disk_size_mb=512, rates=RATES)
 
 
 async def until(check: Any, seconds: float = 5.0) -> None:
@@ -709,3 +713,52 @@ async def test_what_waits_for_a_create_that_fails_finds_nothing(make_world: Any,
     results = await asyncio.gather(create, waiting, return_exceptions=True)
     assert [type(result).__name__ for result in results] == ["RuntimeFailure", "NoSuchSandbox"]
     assert world.left() == {}
+
+
+async def test_rates_stay_with_a_sandbox_its_pauses_snapshots_and_forks(make_world: Any, any_runtime: Any) -> None:
+    world = await make_world(runtime=any_runtime)
+    await world.create("s1", limits=LIMITED)
+    await world.node.machines.pause("s1", memory=False)
+    await world.node.machines.resume("s1", deadline_ms=later(60_000), on_timeout=None, discard_memory=False)
+
+    await world.node.snapshots.take("s1", "snap", memory=True)
+    async with world.node.snapshots.used("snap", LIMITED) as seed:
+        await world.node.machines.create(world.new("s2", image=None, snapshot_id="snap", limits=LIMITED), seed)
+    await world.node.snapshots.fork("s1", [world.new("s3", image=None, snapshot_id="fork")])
+
+    machines = [world.runtime.of(world.node, sandbox_id) for sandbox_id in ("s1", "s2", "s3")]
+    assert [machine.spec.limits.rates for machine in machines] == [RATES] * 3
+    assert [world.slots.shaped[machine.spec.slot.index] for machine in machines] == [8] * 3
+
+
+async def test_without_rates_nothing_is_limited(make_world: Any) -> None:
+    world = await make_world(memory=True)
+
+    await world.create("s1")
+    await world.node.snapshots.take("s1", "snap", memory=False)
+
+    assert world.slots.shaped == {}
+    assert not [told for told in world.runtime.of(world.node, "s1").agent.told if told.startswith("rates")]
+
+
+async def test_files_are_flushed_as_fast_as_the_disk_can(make_world: Any) -> None:
+    world = await make_world(memory=True)
+    await world.create("s1", limits=LIMITED)
+    agent = world.runtime.of(world.node, "s1").agent
+    agent.told.clear()
+
+    await world.node.snapshots.take("s1", "snap", memory=False)
+
+    assert agent.told == ["rates 0", "/fsfreeze", "/fsthaw", "rates 5"]
+
+
+async def test_a_flush_that_fails_leaves_the_rates_as_they_were(make_world: Any) -> None:
+    world = await make_world(memory=True)
+    await world.create("s1", limits=LIMITED)
+    agent = world.runtime.of(world.node, "s1").agent
+    agent.told.clear()
+    agent.refuse_freeze = True
+
+    await world.node.snapshots.take("s1", "snap", memory=False)
+
+    assert agent.told == ["rates 0", "/fsfreeze", "rates 5"]

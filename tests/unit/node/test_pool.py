@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 from emberbox.node.model import Image
-from emberbox.runtime.base import Limits
+from emberbox.node.pool import PoolKey
+from emberbox.runtime.base import Limits, Rates
 
 IMAGE = Image(build_id="build1", layers=("aa",), env_vars={"FROM": "template"})
 LIMITS = Limits(cpu_count=1, memory_mb=128, disk_size_mb=512)
@@ -158,3 +160,26 @@ async def test_a_template_that_was_just_built_has_its_first_machine_ready(make_w
     (waiting,) = world.node.pool.machine_ids
     await world.create("s1")
     assert world.runtime.of(world.node, "s1").spec.machine_id == waiting
+
+
+async def test_machines_of_other_rates_wait_apart(make_world: Any) -> None:
+    world = await make_world(memory=True, warm_max=4)
+    await world.create("s1")
+    await until(lambda: world.node.pool.size == 1)
+    waiting = world.node.pool.machine_ids
+    slower = replace(LIMITS, rates=Rates(disk_mb_per_second=5))
+
+    await world.create("s2", limits=slower)
+
+    machine = world.runtime.of(world.node, "s2")
+    assert machine.spec.machine_id not in waiting
+    assert machine.spec.limits.rates == Rates(disk_mb_per_second=5)
+
+
+def test_saved_memory_of_each_rate_has_its_folder_and_the_old_one_its_name() -> None:
+    keys = [
+        str(PoolKey.of(IMAGE, replace(LIMITS, rates=rates)))
+        for rates in (Rates(), Rates(disk_mb_per_second=5), Rates(5, 100, 8), Rates(network_mbit_per_second=5))
+    ]
+
+    assert keys == ["build1-1-128-512", "build1-1-128-512-5-0-0", "build1-1-128-512-5-100-8", "build1-1-128-512-0-0-5"]

@@ -15,6 +15,7 @@ import pytest
 from emberbox.node.main import listen, open_socket_to_group
 from emberbox.node.model import now_ms
 from emberbox.node.server import NodeService
+from emberbox.runtime.base import Rates
 from emberbox.settings import Settings
 from emberbox.wire import node_pb2 as wire
 from emberbox.wire import node_pb2_grpc
@@ -182,6 +183,17 @@ async def test_describe_tells_what_the_node_is(served: Served) -> None:
     assert node.disk_bytes > 0
 
 
+async def test_rates_reach_the_machine(served: Served) -> None:
+    rates = wire.Rates(disk_mb_per_second=5, disk_operations_per_second=100, network_mbit_per_second=8)
+
+    await served.stub.Create(create("s1", rates=rates))
+    refusal = await refused(served.stub.Create(create("s2", rates=wire.Rates(network_mbit_per_second=-1))))
+
+    assert served.world.runtime.of(served.world.node, "s1").spec.limits.rates == Rates(5, 100, 8)
+    assert refusal[0] is grpc.StatusCode.INVALID_ARGUMENT
+    assert "network_mbit_per_second must not be negative" in refusal[1]
+
+
 def build(**changes: Any) -> wire.BuildRequest:
     values = {"build_id": "b", "cpu_count": 1, "memory_mb": 1, "disk_size_mb": 1}
     return wire.BuildRequest(**(values | changes))
@@ -218,6 +230,7 @@ async def test_builds_that_nobody_started_are_not_found(served: Served) -> None:
         ({"build_id": ""}, "build ID"),
         ({"steps": [wire.BuildStep(type="FROM", args=["x"])]}, "unknown type"),
         ({"cpu_count": 0}, "cpuCount"),
+        ({"rates": wire.Rates(disk_mb_per_second=-1)}, "disk_mb_per_second"),
     ],
 )
 async def test_a_build_that_makes_no_sense_is_refused_at_once(

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
-from emberbox.runtime.base import MIB, Limits
+from emberbox.runtime.base import MIB, Limits, Rates
 from emberbox.runtime.container.bundle import CPU_PERIOD_US
 from emberbox.runtime.errors import RuntimeFailure
 
 ROOT = Path("/sys/fs/cgroup")
 _REMOVE_SECONDS = 5.0
 _FREEZE_SECONDS = 10.0
-_V1_CONTROLLERS = ("cpu", "cpuacct", "memory", "pids", "freezer")
+_V1_CONTROLLERS = ("cpu", "cpuacct", "memory", "pids", "freezer", "blkio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,15 @@ class Cgroup(ABC):
 
     @abstractmethod
     def set_limits(self, limits: Limits) -> None: ...
+
+    @abstractmethod
+    def set_rates(self, rates: Rates, disk: int) -> None:
+        """Limit requests to the block device with this number (`st_dev`). Version 1 does not count what the kernel
+        writes later, out of the page cache."""
+
+    @abstractmethod
+    def lift_rates(self) -> None:
+        """Take every limit of every device away, at once."""
 
     @abstractmethod
     def request_freeze(self, frozen: bool) -> None: ...
@@ -127,6 +137,17 @@ class CgroupV1(Cgroup):
         for name in names:
             (self._of["memory"] / name).write_text(str(size))
 
+    def set_rates(self, rates: Rates, disk: int) -> None:
+        for unit, rate in (("bps", rates.disk_mb_per_second * MIB), ("iops", rates.disk_operations_per_second)):
+            for direction in ("read", "write"):
+                file = self._of["blkio"] / f"blkio.throttle.{direction}_{unit}_device"
+                file.write_text(f"{_number(disk)} {rate}")  # 0 takes it away
+
+    def lift_rates(self) -> None:
+        for file in self._of["blkio"].glob("blkio.throttle.*_device"):
+            for number in _numbers_in(file):
+                file.write_text(f"{number} 0")
+
     def request_freeze(self, frozen: bool) -> None:
         (self._of["freezer"] / "freezer.state").write_text("FROZEN" if frozen else "THAWED")
 
@@ -161,6 +182,18 @@ class CgroupV2(Cgroup):
         (self._folder / "cpu.max").write_text(f"{limits.cpu_count * CPU_PERIOD_US} {CPU_PERIOD_US}")
         (self._folder / "memory.max").write_text(str(limits.memory_mb * MIB))
         (self._folder / "pids.max").write_text(str(limits.pids))
+
+    def set_rates(self, rates: Rates, disk: int) -> None:
+        self._write_io_max(_number(disk), rates)
+
+    def lift_rates(self) -> None:
+        for number in _numbers_in(self._folder / "io.max"):
+            self._write_io_max(number, Rates())
+
+    def _write_io_max(self, number: str, rates: Rates) -> None:
+        size, operations = rates.disk_mb_per_second * MIB or "max", rates.disk_operations_per_second or "max"
+        line = f"{number} rbps={size} wbps={size} riops={operations} wiops={operations}"
+        (self._folder / "io.max").write_text(line)
 
     def request_freeze(self, frozen: bool) -> None:
         (self._folder / "cgroup.freeze").write_text("1" if frozen else "0")
@@ -201,6 +234,15 @@ def _numbers(path: Path) -> dict[str, int]:
     """A file of `name number` lines."""
     pairs = (line.split() for line in path.read_text().splitlines())
     return {parts[0]: int(parts[1]) for parts in pairs if len(parts) == 2}
+
+
+def _number(device: int) -> str:
+    return f"{os.major(device)}:{os.minor(device)}"
+
+
+def _numbers_in(file: Path) -> list[str]:
+    """The devices that have a line."""
+    return [line.split()[0] for line in file.read_text().splitlines()]
 
 
 def _remove_tree(folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from emberbox.linux import processes
 from emberbox.linux.processes import ProcessId
 from emberbox.linux.sparse import clone
-from emberbox.runtime.base import Limits, MachineSpec, Saved, Stats
+from emberbox.runtime.base import Limits, MachineSpec, Rates, Saved, Stats
 from emberbox.runtime.container.cgroups import Cgroup
 from emberbox.runtime.container.oci import OciRuntime
 from emberbox.runtime.container.root import Root
@@ -54,7 +54,7 @@ class Container:
         return "the machine's first process ended"
 
     async def set_limits(self, limits: Limits) -> None:
-        """Change cpu, memory and pids at once. The size of the disk cannot change."""
+        """Change cpu, memory and pids at once. The size of the disk cannot change, and rates have `set_rates`."""
         try:
             await asyncio.to_thread(self._cgroup.set_limits, limits)
         except FileNotFoundError:
@@ -63,17 +63,48 @@ class Container:
             raise RuntimeFailure(f"the limits could not be set: {error}") from error
         self._limits = limits
 
+    async def set_rates(self, rates: Rates) -> None:
+        try:
+            await asyncio.to_thread(self._cgroup.set_rates, rates, self._root.disk)
+        except FileNotFoundError:
+            if not await self.alive():
+                raise MachineGone("the machine has ended") from None
+            raise RuntimeFailure(
+                "the disk cannot be limited: this host's control groups lack the controller for it (blkio, or io in "
+                "version 2)"
+            ) from None
+        except OSError as error:
+            raise RuntimeFailure(f"the disk's rates could not be set: {error}") from error
+
     async def pause(self) -> None:
         try:
-            await self._cgroup.freeze()
+            await self._freeze()
         except FileNotFoundError:
             raise MachineGone("the machine has ended") from None
 
     async def resume(self) -> None:
         try:
-            await self._cgroup.thaw()
+            await self._thaw()
         except FileNotFoundError:
             raise MachineGone("the machine has ended") from None
+
+    async def _freeze(self) -> None:
+        """Stop every process. One that waits for its turn at the disk does not stop, so all get theirs before."""
+        if self.spec.limits.rates.limit_disk:
+            await self.set_rates(Rates())
+        try:
+            await self._cgroup.freeze()
+        except BaseException:
+            await asyncio.shield(self._limit_again())
+            raise
+
+    async def _thaw(self) -> None:
+        await self._limit_again()
+        await self._cgroup.thaw()
+
+    async def _limit_again(self) -> None:
+        if self.spec.limits.rates.limit_disk:
+            await self.set_rates(self.spec.limits.rates)
 
     async def save(self, into: Path, *, memory: bool, final: bool = False) -> Saved:
         """Copy the upper. The machine stands still for as long as that takes."""
@@ -89,12 +120,12 @@ class Container:
                 frozen_before = await asyncio.to_thread(self._cgroup.is_frozen)
                 if not frozen_before:
                     await asyncio.to_thread(marker.touch)
-                    await self._cgroup.freeze()
+                    await self._freeze()
                 try:
                     await to_thread_whole(self._copy_upper, target)
                 finally:
                     if not frozen_before:
-                        await self._cgroup.thaw()
+                        await self._thaw()
             except BaseException as error:
                 await to_thread_whole(target.unlink, missing_ok=True)
                 if isinstance(error, OSError):
@@ -109,12 +140,14 @@ class Container:
             clone(self.spec.upper, target)
 
     async def recover(self) -> None:
-        """After a crash of the node: finish what a save had stopped."""
+        """After a crash of the node: finish what a pause or a save had begun."""
         await asyncio.to_thread(self._root.wake)
         marker = self.spec.directory / _SAVING
         if marker.exists():
-            await self._cgroup.thaw()
+            await self._thaw()
             marker.unlink()
+        elif not await asyncio.to_thread(self._cgroup.is_frozen):
+            await self._limit_again()
 
     async def stats(self) -> Stats:
         try:
@@ -154,6 +187,8 @@ async def end_container(
     Raises:
         RuntimeFailure: a process could not be ended.
     """
+    with contextlib.suppress(OSError):
+        await asyncio.to_thread(cgroup.lift_rates)  # a process that waits for its turn at the disk cannot die
     if process is not None:
         await _end_process(process, cgroup)
         await oci.forget(machine_id)

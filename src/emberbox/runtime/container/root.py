@@ -144,6 +144,11 @@ class Root:
         self.rootfs = directory / "rootfs"
         self.agent = directory / "emberd"
 
+    @property
+    def disk(self) -> int:
+        """Device number of the mounted upper."""
+        return self.upper.stat().st_dev
+
     def make(
         self, image: Path, layers: Sequence[Path], agent: Path, first_id: int, namespaces: tuple[int, int]
     ) -> None:

@@ -69,12 +69,15 @@ class ContainerRuntime:
             if process is None:
                 raise RuntimeFailure(f"the machine's first process ended at once: {_tail(root.upper / 'agent.log')}")
             await to_thread_whole(root.let_go)
+            machine = Container(spec, process, root, cgroup, self._oci)
+            if spec.limits.rates.limit_disk:
+                await machine.set_rates(spec.limits.rates)
         except BaseException as error:
             await asyncio.shield(end_container(spec.machine_id, process, root, cgroup, self._oci))
             if isinstance(error, OSError):
                 raise RuntimeFailure(f"the container could not be prepared: {error}") from error
             raise
-        return Container(spec, process, root, cgroup, self._oci)
+        return machine
 
     async def restore(self, spec: MachineSpec, saved: Saved) -> Container:
         """A cold start from the saved files: containers have no saved memory."""

@@ -33,15 +33,13 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True)
 class RateLimit:
-    """A token bucket: `size` bytes or operations are refilled evenly every `refill_ms`; `burst` once on top."""
+    """A token bucket: `size` bytes or operations are refilled evenly every `refill_ms`."""
 
     size: int
     refill_ms: int
-    burst: int = 0
 
     def body(self) -> dict[str, int]:
-        body = {"size": self.size, "refill_time": self.refill_ms}
-        return {**body, "one_time_burst": self.burst} if self.burst else body
+        return {"size": self.size, "refill_time": self.refill_ms}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,11 @@ class Drive:
             "is_root_device": False,
             "is_read_only": self.read_only,
         }
-        limiter = _limiter(self.bandwidth, self.operations)
+        limiter: dict[str, Any] = {}
+        if self.bandwidth:
+            limiter["bandwidth"] = self.bandwidth.body()
+        if self.operations:
+            limiter["ops"] = self.operations.body()
         return {**body, "rate_limiter": limiter} if limiter else body
 
 
@@ -68,20 +70,13 @@ class NetworkInterface:
     interface_id: str
     tap: str
     guest_mac: str
-    receive: RateLimit | None = None
-    transmit: RateLimit | None = None
 
     def body(self) -> dict[str, Any]:
-        body: dict[str, Any] = {
+        return {
             "iface_id": self.interface_id,
             "host_dev_name": self.tap,
             "guest_mac": self.guest_mac,
         }
-        if self.receive:
-            body["rx_rate_limiter"] = _limiter(self.receive, None)
-        if self.transmit:
-            body["tx_rate_limiter"] = _limiter(self.transmit, None)
-        return body
 
 
 class Firecracker:
@@ -148,6 +143,12 @@ class Firecracker:
     async def resume(self) -> None:
         await self._request("PATCH", "/vm", {"state": "Resumed"})
 
+    async def limit_drive(self, drive_id: str, bandwidth: RateLimit | None, operations: RateLimit | None) -> None:
+        """Replace a drive's buckets; None takes one away."""
+        none = RateLimit(0, 0)
+        limiter = {"bandwidth": (bandwidth or none).body(), "ops": (operations or none).body()}
+        await self._request("PATCH", f"/drives/{drive_id}", {"drive_id": drive_id, "rate_limiter": limiter})
+
     async def set_balloon(self, *, amount_mb: int) -> None:
         await self._request("PATCH", "/balloon", {"amount_mib": amount_mb})
 
@@ -183,12 +184,3 @@ class Firecracker:
         return await self._transport.request(
             method, path, body, deadline_seconds=deadline_seconds or self._deadlines.request
         )
-
-
-def _limiter(bandwidth: RateLimit | None, operations: RateLimit | None) -> dict[str, Any]:
-    limiter: dict[str, Any] = {}
-    if bandwidth:
-        limiter["bandwidth"] = bandwidth.body()
-    if operations:
-        limiter["ops"] = operations.body()
-    return limiter

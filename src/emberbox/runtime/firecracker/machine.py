@@ -14,10 +14,10 @@ from typing import Any
 import structlog
 
 from emberbox.linux import processes, sparse
-from emberbox.runtime.base import MIB, Limits, MachineSpec, Saved, Stats
+from emberbox.runtime.base import MIB, Limits, MachineSpec, Rates, Saved, Stats
 from emberbox.runtime.errors import MachineGone, NotSupported, RuntimeFailure
 from emberbox.runtime.firecracker import snapshots
-from emberbox.runtime.firecracker.api import Firecracker
+from emberbox.runtime.firecracker.api import Firecracker, RateLimit
 from emberbox.runtime.firecracker.chain import Chain, link_whole
 from emberbox.runtime.firecracker.errors import ApiError, ApiUnreachable
 from emberbox.runtime.firecracker.jail import OUT, Jail, cgroup_version
@@ -26,6 +26,8 @@ from emberbox.threads import to_thread_whole
 log = structlog.get_logger(__name__)
 
 NAME = "firecracker"
+UPPER = "upper"
+"""The drive that the guest writes."""
 _END_SECONDS = 10.0
 _CONSOLE_LIMIT = MIB
 _LONGEST_CHAIN = 4
@@ -78,6 +80,11 @@ class MicroVM:
     async def set_limits(self, limits: Limits) -> None:
         if limits != self.spec.limits:
             raise NotSupported("a microVM's limits are its template's and cannot be changed while it runs")
+
+    async def set_rates(self, rates: Rates) -> None:
+        """Of the upper. A memory saved afterwards carries them."""
+        async with self._changing:
+            await self._ask(self._api.limit_drive(UPPER, *buckets(rates)))
 
     async def pause(self) -> None:
         async with self._changing:
@@ -256,6 +263,15 @@ class MicroVM:
             disk_total=self.spec.limits.disk_size_mb * MIB,
             oom_kills=_oom_kills(self._jail),
         )
+
+
+def buckets(rates: Rates) -> tuple[RateLimit | None, RateLimit | None]:
+    """A drive's bytes and operations. Reading and writing share them; a second's worth may come at once."""
+    size, operations = rates.disk_mb_per_second * MIB, rates.disk_operations_per_second
+    return (
+        RateLimit(size, refill_ms=1000) if size else None,
+        RateLimit(operations, refill_ms=1000) if operations else None,
+    )
 
 
 def _cut(console: Path) -> None:

@@ -23,7 +23,7 @@ from emberbox.runtime.firecracker.api import Deadlines, Drive, Firecracker, Netw
 from emberbox.runtime.firecracker.chain import Chain
 from emberbox.runtime.firecracker.errors import ApiError, ApiUnreachable, FirecrackerError, JailerError
 from emberbox.runtime.firecracker.jail import SOCKET, Jail, JailerSettings
-from emberbox.runtime.firecracker.machine import NAME, MicroVM
+from emberbox.runtime.firecracker.machine import NAME, UPPER, MicroVM, buckets
 from emberbox.threads import to_thread_whole
 
 log = structlog.get_logger(__name__)
@@ -82,9 +82,11 @@ class FirecrackerRuntime:
         async with self._jailed(spec) as (cell, identity, api):
             await api.set_machine(cpu_count=spec.limits.cpu_count, memory_mb=spec.limits.memory_mb)
             await api.set_boot(kernel=f"/{_KERNEL}", initramfs=f"/{_INITRAMFS}", command_line=guest.command_line(spec))
+            # Each drive has buckets of its own; a restore brings them as they were when the machine was saved.
+            bandwidth, operations = buckets(spec.limits.rates)
             for number in range(len(spec.layers)):
-                await api.add_drive(Drive(f"layer{number}", f"/layer{number}", read_only=True))
-            await api.add_drive(Drive("upper", f"/{_UPPER}", read_only=False))
+                await api.add_drive(Drive(f"layer{number}", f"/layer{number}", True, bandwidth, operations))
+            await api.add_drive(Drive(UPPER, f"/{_UPPER}", False, bandwidth, operations))
             await api.add_network(NetworkInterface("eth0", _tap(spec), guest.GUEST_MAC))
             await api.add_entropy()
             chain = self._chain(spec)
