@@ -9,6 +9,8 @@ import socket
 import struct
 import subprocess
 import tempfile
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -189,6 +191,36 @@ def _lookup(server: str, name: str, over_tcp: bool = False) -> str:
     return str(IPv4Address(answer[-4:])) if answer[7] else f"code {code}"
 
 
+_MEGABYTES = 2
+
+
+async def _seconds_to_send(slot: Slot, *, into: bool) -> float:
+    """How long two megabytes take from the host into the slot, or the other way, until the last one has arrived."""
+    inside = await _inside(slot, socket.create_server, ("", 0))
+
+    def inner_side() -> None:
+        with inside, inside.accept()[0] as connection:
+            if into:
+                while connection.recv(65536):
+                    pass
+            else:
+                connection.sendall(bytes(_MEGABYTES * 1_000_000))
+
+    def outer_side() -> float:
+        other = threading.Thread(target=inner_side, daemon=True)
+        other.start()
+        with socket.create_connection((str(slot.address), inside.getsockname()[1]), timeout=60) as connection:
+            began = time.monotonic()
+            if into:
+                connection.sendall(bytes(_MEGABYTES * 1_000_000))
+                connection.shutdown(socket.SHUT_WR)
+            while connection.recv(65536):
+                pass
+            return time.monotonic() - began
+
+    return await asyncio.to_thread(outer_side)
+
+
 async def test_the_internet_is_reached_with_the_hosts_address(slot: Slot, internet: Internet) -> None:
     assert await _inside(slot, _connect, internet.one) == "100.127.255.1"
 
@@ -365,3 +397,32 @@ async def test_the_table_of_another_release_is_replaced(settings: Settings, inte
     await slots.give_back(slot)
     await slots.close()
     assert _traces(settings) == []
+
+
+async def test_a_limited_slot_sends_and_receives_no_faster(slots: Slots, slot: Slot) -> None:
+    await slots.shape(slot, 8)
+
+    took = [await _seconds_to_send(slot, into=True), await _seconds_to_send(slot, into=False)]
+
+    # 8 Mbit/s are a megabyte a second; twice as fast would be wrong, and much slower, too.
+    assert all(_MEGABYTES / 2 < seconds < _MEGABYTES * 5 for seconds in took), took
+
+
+async def test_the_next_machine_of_a_slot_is_not_limited(slots: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emberbox.node.slots._REUSE_AFTER_SECONDS", 0.0)
+    first = await slots.take()
+    await slots.shape(first, 1)
+    await slots.give_back(first)
+    while (again := await slots.take()).index != first.index:
+        pass
+
+    took = [await _seconds_to_send(again, into=True), await _seconds_to_send(again, into=False)]
+
+    assert max(took) < _MEGABYTES * 4, took  # 16 s at the first one's rate
+
+
+async def test_a_limit_can_be_changed(slots: Slots, slot: Slot) -> None:
+    await slots.shape(slot, 1)
+    await slots.shape(slot, 1000)
+
+    assert await _seconds_to_send(slot, into=True) < _MEGABYTES * 4

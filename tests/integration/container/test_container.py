@@ -7,6 +7,7 @@ import contextlib
 import os
 import secrets
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from emberbox.images.layers import LayerStore
 from emberbox.linux.mounts import bind
-from emberbox.runtime.base import Limits, MachineSpec
+from emberbox.runtime.base import Limits, MachineSpec, Rates
 from emberbox.runtime.container.root import opened_upper
 from emberbox.runtime.container.runtime import ContainerRuntime
 from emberbox.runtime.errors import MachineGone, NotSupported, RuntimeFailure
@@ -91,6 +92,58 @@ async def test_limits_change_while_it_runs(world: World) -> None:
 
     assert bigger.text == "code 0"
     assert (await guest.machine.stats()).memory_total == 128 << 20
+
+
+async def test_a_limited_disk_is_read_and_written_no_faster(world: World) -> None:
+    guest = await world.machine(rates=Rates(disk_mb_per_second=5))
+
+    written, _ = await _timed(guest, "dd if=/dev/zero of=/x bs=1M count=15 oflag=direct")
+    read, _ = await _timed(guest, "dd if=/x of=/dev/null bs=1M iflag=direct")
+    # Through the page cache, which is emptied of the file before.
+    forget = "import os; os.posix_fadvise(os.open('/x', os.O_RDONLY), 0, 0, os.POSIX_FADV_DONTNEED)"
+    read_again, output = await _timed(guest, f'python3 -c "{forget}"; cat /x | wc -c')
+
+    assert output == str(15 << 20)
+    # Three seconds' worth, and nothing at once.
+    assert all(1.5 < seconds < 15 for seconds in (written, read, read_again)), (written, read, read_again)
+
+
+async def test_operations_of_a_limited_disk_are_counted(world: World) -> None:
+    guest = await world.machine(rates=Rates(disk_operations_per_second=100))
+
+    seconds, _ = await _timed(guest, "dd if=/dev/zero of=/x bs=4k count=300 oflag=direct")
+
+    assert 1.5 < seconds < 15
+
+
+async def test_what_waits_for_a_limited_disk_keeps_nobody_from_pausing_saving_and_ending(
+    world: World, tmp_path: Path
+) -> None:
+    guest = await world.machine(rates=Rates(disk_mb_per_second=2))
+    begin = "(dd if=/dev/zero of=/x bs=100M count=1 oflag=direct > /dev/null 2>&1) > /dev/null 2>&1 &"
+    began = time.monotonic()
+
+    # At its rate each would wait for most of a minute, and a machine that does not stop within 10 s is an error.
+    await guest.run(begin)
+    await asyncio.sleep(0.5)
+    await guest.machine.pause()
+    await guest.machine.resume()
+    await guest.run(begin)
+    await asyncio.sleep(0.5)
+    await guest.machine.save(tmp_path, memory=False)
+    still_limited, _ = await _timed(guest, "pkill dd; dd if=/dev/zero of=/y bs=1M count=6 oflag=direct")
+    await guest.run(begin)
+    await asyncio.sleep(0.5)
+    await world.end(guest)
+
+    assert time.monotonic() - began < 25
+    assert still_limited > 1.5
+
+
+async def _timed(guest: Guest, command: str) -> tuple[float, str]:
+    began = time.monotonic()
+    output = await guest.run(command)
+    return time.monotonic() - began, output.text
 
 
 async def test_a_paused_machine_stands_still_and_goes_on(world: World) -> None:

@@ -125,6 +125,9 @@ async def test_a_template_is_registered_built_and_used(world: World) -> None:
         ({"name": "mine", "tags": ["no spaces"]}, "not a tag"),
         ({"name": "mine", "cpuCount": 0}, "cpuCount"),
         ({"name": "mine", "cpuCount": 64}, "EMBERBOX_MAX_CPU_COUNT"),
+        ({"name": "mine", "diskMBPerSecond": -1}, "diskMBPerSecond"),
+        ({"name": "mine", "diskOperationsPerSecond": "fast"}, "diskOperationsPerSecond"),
+        ({"name": "mine", "networkMbitPerSecond": 40_000}, "networkMbitPerSecond"),
         ({"name": "mine", "memoryMB": 100_000}, "EMBERBOX_MAX_MEMORY_MB"),
         ({"name": "mine", "minFreeDiskMB": 1_000_000}, "EMBERBOX_MAX_DISK_SIZE_MB"),
     ],
@@ -791,3 +794,50 @@ async def test_what_was_registered_long_ago_and_never_started_is_given_up(world:
     await world.control.builds.tend()
 
     assert "never started" in (await status(world, made))["reason"]["message"]
+
+
+# ---- rates
+
+
+def rates(request: Any) -> tuple[int, int, int]:
+    given = request.rates
+    return given.disk_mb_per_second, given.disk_operations_per_second, given.network_mbit_per_second
+
+
+async def test_rates_go_with_a_template_to_its_sandboxes_snapshots_and_forks(world: World) -> None:
+    await built(world, diskMBPerSecond=5, diskOperationsPerSecond=100, networkMbitPerSecond=8)
+    source = (await world.create(templateID="mine"))["sandboxID"]
+    shot = (await world.client.post(f"/sandboxes/{source}/snapshots", json={})).json()
+    copy = (await world.create(templateID=shot["snapshotID"]))["sandboxID"]
+    (fork,) = (await world.client.post(f"/sandboxes/{source}/fork", json={"count": 1, "timeout": 60})).json()
+
+    shown = (await world.client.get("/templates/mine")).json()["builds"][0]
+
+    assert rates(world.node.builds[-1]) == (5, 100, 8)
+    for sandbox_id in (source, copy, fork["sandbox"]["sandboxID"]):
+        assert rates(world.node.machines[sandbox_id].request) == (5, 100, 8)
+    assert (shown["diskMBPerSecond"], shown["diskOperationsPerSecond"], shown["networkMbitPerSecond"]) == (5, 100, 8)
+
+
+async def test_earlier_clients_ask_for_rates_too(world: World) -> None:
+    made = await world.client.post("/v2/templates", json={"alias": "mine", "networkMbitPerSecond": 8})
+
+    shown = (await world.client.get("/templates/mine")).json()["builds"][0]
+
+    assert made.status_code == 202
+    assert shown["networkMbitPerSecond"] == 8
+    assert "diskMBPerSecond" not in shown
+
+
+async def test_what_a_template_leaves_out_is_the_installations_at_each_create() -> None:
+    async with serving_world(default_disk_mb_per_second=50, default_network_mbit_per_second=100) as world:
+        await built(world, networkMbitPerSecond=0)
+
+        base = (await world.create(templateID="base"))["sandboxID"]
+        mine = (await world.create(templateID="mine"))["sandboxID"]
+        shown = (await world.client.get("/templates/base")).json()["builds"][0]
+
+        assert rates(world.node.machines[base].request) == (50, 0, 100)
+        assert rates(world.node.machines[mine].request) == (50, 0, 0)
+        assert rates(world.node.builds[-1]) == (50, 0, 0)
+        assert "diskMBPerSecond" not in shown

@@ -173,3 +173,14 @@ async def test_it_is_built_when_asked_and_one_build_is_joined(world: World) -> N
     assert first == second
     assert unknown.status_code == 404
     assert (third["templateID"], world.node.builds[-1].force) == (first["templateID"], True)
+
+
+async def test_rates_of_a_shipped_template_are_asked_for_with_its_build(world: World) -> None:
+    made = await world.client.post("/shipped-templates/hello/builds?networkMbitPerSecond=8&force=true")
+    refused = await world.client.post("/shipped-templates/hello/builds?networkMbitPerSecond=-1")
+    await eventually(lambda: len(world.node.builds) == 2)
+
+    assert made.status_code == 202
+    assert refused.status_code == 400
+    assert world.node.builds[-1].rates.network_mbit_per_second == 8
+    assert world.node.builds[-1].force

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from emberbox.runtime.base import Limits, MachineSpec, Slot
+from emberbox.runtime.base import Limits, MachineSpec, Rates, Slot
 from emberbox.runtime.firecracker import guest, jail
 from emberbox.runtime.firecracker.guest import GuestFiles
 from emberbox.runtime.firecracker.jail import JailerSettings
@@ -101,7 +101,7 @@ def new_spec(instance: str, tmp_path: Path) -> Iterator[Callable[..., MachineSpe
     """Makes specs, each with a namespace, a tap, a layer and a blank upper of its own."""
     namespaces: list[str] = []
 
-    def make(name: str = "m1", *, memory_mb: int = 128, cpu_count: int = 1) -> MachineSpec:
+    def make(name: str = "m1", *, memory_mb: int = 128, cpu_count: int = 1, rates: Rates | None = None) -> MachineSpec:
         number = len(namespaces)
         netns = f"{instance}-{number}"
         _ip("netns", "add", netns)
@@ -123,7 +123,7 @@ def new_spec(instance: str, tmp_path: Path) -> Iterator[Callable[..., MachineSpe
             layers=(layer,),
             upper=upper,
             slot=Slot(number, netns, IPv4Address("198.18.0.1"), IPv4Address("198.18.0.2"), tap="tap0"),
-            limits=Limits(cpu_count=cpu_count, memory_mb=memory_mb, disk_size_mb=16),
+            limits=Limits(cpu_count=cpu_count, memory_mb=memory_mb, disk_size_mb=16, rates=rates or Rates()),
             hostname="sandbox",
             control_hash="00" * 32,
         )

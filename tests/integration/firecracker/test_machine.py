@@ -8,14 +8,16 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from emberbox.linux import sparse
-from emberbox.runtime.base import Machine, MachineSpec, Runtime, Saved
+from emberbox.runtime.base import Machine, MachineSpec, Rates, Runtime, Saved
 from emberbox.runtime.errors import MachineGone, RuntimeFailure, SavedDamaged
 from emberbox.runtime.firecracker import snapshots
 from emberbox.runtime.firecracker.jail import Jail, JailerSettings, cgroup_version
+from emberbox.runtime.firecracker.machine import MicroVM
 from emberbox.runtime.firecracker.runtime import FirecrackerRuntime
 
 NewSpec = Callable[..., MachineSpec]
@@ -395,3 +397,39 @@ async def test_a_link_in_the_place_of_the_api_socket_is_not_followed(
     assert not adopted.paused
     await one.destroy()
     await other.destroy()
+
+
+async def limiters(machine: MicroVM) -> dict[str, Any]:
+    """What Firecracker itself says of its drives, by their names; without a limiter None."""
+    config = await machine._api._request("GET", "/vm/config")
+    return {drive["drive_id"]: drive["rate_limiter"] for drive in config["drives"]}
+
+
+async def test_rates_are_buckets_of_every_drive(runtime: FirecrackerRuntime, new_spec: NewSpec) -> None:
+    limited = await runtime.start(new_spec("m1", rates=Rates(disk_mb_per_second=5, disk_operations_per_second=100)))
+    free = await runtime.start(new_spec("m2"))
+    before = await limiters(limited)
+    await limited.set_rates(Rates())
+    lifted = await limiters(limited)
+    await limited.set_rates(limited.spec.limits.rates)
+
+    assert await limiters(free) == {"layer0": None, "upper": None}
+    bucket = {"one_time_burst": None, "refill_time": 1000}
+    buckets = {"bandwidth": {"size": 5 << 20, **bucket}, "ops": {"size": 100, **bucket}}
+    assert before == {"layer0": buckets, "upper": buckets}
+    assert lifted == {"layer0": buckets, "upper": None}
+    assert await limiters(limited) == before
+    await limited.destroy()
+    await free.destroy()
+
+
+async def test_a_restored_machine_has_the_rates_that_were_saved(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
+) -> None:
+    rates = Rates(disk_mb_per_second=5)
+    saved = await saved_machine(runtime, new_spec("m1", rates=rates), tmp_path / "saved")
+
+    machine = await runtime.restore(new_spec("m2", rates=rates), saved)
+
+    assert (await limiters(machine))["upper"]["bandwidth"]["size"] == 5 << 20
+    await machine.destroy()
