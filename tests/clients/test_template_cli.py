@@ -163,7 +163,8 @@ def test_emberbox_tells_how_a_build_from_an_image_failed(local_builder, name):
 def test_a_shipped_template_is_built_with_its_log_and_then_started(local_builder):
     before = ours(local_builder, "list")
     built = ours(local_builder, "build", "hello", timeout=300)
-    again = ours(local_builder, "build", "hello", "--json", timeout=300)
+    again = ours(local_builder, "build", "hello", "--json", "--network-mbit-per-second", "800", timeout=300)
+    shown = ours(local_builder, "show", "hello")
 
     entries = [json.loads(line) for line in again.stdout.splitlines()]
     sandbox = Sandbox.create("hello", timeout=whole_seconds(60))
@@ -174,6 +175,7 @@ def test_a_shipped_template_is_built_with_its_log_and_then_started(local_builder
     assert "3 | preparing" in built.stderr
     assert "template hello is ready" in built.stdout
     assert entries[-1]["status"] == "ready"
+    assert [line for line in shown.stdout.splitlines() if "default" in line and "800 Mbit/s" in line]
     assert all({"timestamp", "level", "message"} <= set(entry) for entry in entries[:-1])
     assert answer == "hello\n"
 

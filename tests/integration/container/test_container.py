@@ -267,6 +267,16 @@ async def test_another_process_of_the_node_adopts_a_machine(world: World) -> Non
     await asyncio.wait_for(ended, 10)
 
 
+async def test_an_adopted_machine_has_its_rates(world: World) -> None:
+    guest = await world.machine(rates=Rates(disk_mb_per_second=5))
+    await guest.machine.set_rates(Rates())  # as in a pause in which the node ends
+
+    await ContainerRuntime(world.settings).adopt(guest.spec, guest.machine.record())
+    seconds, _ = await _timed(guest, "dd if=/dev/zero of=/x bs=1M count=15 oflag=direct")
+
+    assert 1.5 < seconds < 15
+
+
 async def test_a_machine_that_is_gone_is_not_adopted_and_its_traces_go(world: World) -> None:
     guest = await world.machine()
     record = guest.machine.record()

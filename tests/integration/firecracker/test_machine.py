@@ -433,3 +433,20 @@ async def test_a_restored_machine_has_the_rates_that_were_saved(
 
     assert (await limiters(machine))["upper"]["bandwidth"]["size"] == 5 << 20
     await machine.destroy()
+
+
+@pytest.mark.parametrize("paused", [False, True])
+async def test_a_machine_that_is_found_again_has_its_rates(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, paused: bool
+) -> None:
+    spec = new_spec("m1", rates=Rates(disk_mb_per_second=5))
+    machine = await runtime.start(spec)
+    await machine.set_rates(Rates())  # as in a flush in which the node ends
+    if paused:
+        await machine.pause()
+
+    found = await runtime.adopt(spec, machine.record())
+
+    assert found is not None
+    assert (await limiters(found))["upper"]["bandwidth"]["size"] == 5 << 20
+    await found.destroy()

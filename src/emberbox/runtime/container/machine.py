@@ -99,8 +99,10 @@ class Container:
             raise
 
     async def _thaw(self) -> None:
-        await self._limit_again()
-        await self._cgroup.thaw()
+        try:
+            await self._limit_again()
+        finally:
+            await self._cgroup.thaw()
 
     async def _limit_again(self) -> None:
         if self.spec.limits.rates.limit_disk:

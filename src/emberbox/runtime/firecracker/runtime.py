@@ -138,7 +138,13 @@ class FirecrackerRuntime:
             log.warning("microvm.not_adopted", machine_id=spec.machine_id, reason=str(error))
             await asyncio.to_thread(_end, identity, cell)
             return None
-        return self._machine(spec, cell, identity, api, self._chain(spec), paused=state == "Paused")
+        machine = self._machine(spec, cell, identity, api, self._chain(spec), paused=state == "Paused")
+        if spec.limits.rates.limit_disk:  # the last node may have ended in a flush, for which they are lifted
+            try:
+                await machine.set_rates(spec.limits.rates)
+            except RuntimeFailure as error:
+                log.error("microvm.rates_not_set", machine_id=spec.machine_id, reason=str(error))
+        return machine
 
     async def sweep(self, keep: frozenset[str]) -> list[str]:
         return await asyncio.to_thread(self._sweep, keep)
