@@ -129,6 +129,10 @@ class Machine(Protocol):
         """Return when the machine ended by itself, with the reason. Must work for adopted machines too."""
         ...
 
+    def answered(self) -> None:
+        """Tell once that the agent answered for the first time: what was touched until now is what a start needs."""
+        ...
+
     async def set_limits(self, limits: Limits) -> None: ...
 
     async def set_rates(self, rates: Rates) -> None:

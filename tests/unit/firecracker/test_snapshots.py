@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -260,3 +261,25 @@ def test_what_was_merged_is_dropped_when_the_chain_began_anew(saved: tuple[Path,
     assert chain.replace_merged(manifest.pieces[:2], merged) is None
     assert chain.pieces == manifest.pieces[2:]
     assert sorted(path.name for path in (tmp_path / "chain").iterdir()) == ["chain.json", "memory.2"]
+
+
+def test_what_was_checked_counts_for_the_next_process_until_the_host_boots_again(tmp_path: Path) -> None:
+    path = tmp_path / "memory.0"
+    path.write_bytes(b"x" * 4096)
+    held = (Piece("memory.0", "crc32:0:0"), Piece("memory.1", "crc32:1:1"))
+
+    Trusted("boot 1").add_whole(path, held)
+
+    assert path in Trusted("boot 1")
+    assert Trusted("boot 1").held(path) == held
+    assert path not in Trusted("boot 2")
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    assert path not in Trusted("boot 1")
+
+
+def test_a_note_of_trust_that_cannot_be_read_is_no_trust(tmp_path: Path) -> None:
+    path = tmp_path / "memory.0"
+    path.write_bytes(b"x")
+    for broken in (b"", b"{", b"[]", b'{"boot": "b"}'):
+        os.setxattr(path, "user.emberbox.trusted", broken)
+        assert path not in Trusted("b")

@@ -119,6 +119,9 @@ class FakeMachine:
         await self.ended.wait()
         return self.reason
 
+    def answered(self) -> None:
+        self.has_answered = True
+
     async def set_limits(self, limits: Limits) -> None: ...
 
     async def set_rates(self, rates: Rates) -> None:

@@ -53,6 +53,9 @@ class Container:
                 return f"the machine ran out of its {self._limits.memory_mb} MiB of memory"
         return "the machine's first process ended"
 
+    def answered(self) -> None:
+        """Nothing to note: a container's pages are the host's own."""
+
     async def set_limits(self, limits: Limits) -> None:
         """Change cpu, memory and pids at once. The size of the disk cannot change, and rates have `set_rates`."""
         try:

@@ -16,7 +16,7 @@ import structlog
 from emberbox.linux import processes, sparse
 from emberbox.runtime.base import MIB, Limits, MachineSpec, Rates, Saved, Stats
 from emberbox.runtime.errors import MachineGone, NotSupported, RuntimeFailure
-from emberbox.runtime.firecracker import snapshots
+from emberbox.runtime.firecracker import snapshots, working_set
 from emberbox.runtime.firecracker.api import Firecracker, RateLimit
 from emberbox.runtime.firecracker.chain import Chain, link_whole
 from emberbox.runtime.firecracker.errors import ApiError, ApiUnreachable
@@ -49,7 +49,13 @@ class MicroVM:
         trusted: snapshots.Trusted,
         paused: bool,
         after_save: Callable[[Saved], Awaitable[None]],
+        note_into: Path | None = None,
     ) -> None:
+        """
+        Args:
+            note_into: the folder of the saved machine that this one was restored from, when what it touches until it
+                answers is not known yet.
+        """
         self.spec = spec
         self.address: IPv4Address = spec.slot.address
         self._jail = jail
@@ -60,6 +66,8 @@ class MicroVM:
         self._trusted = trusted
         self._paused = paused
         self._after_save = after_save
+        self._note_into = note_into
+        self._noting: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
         self._shortening: asyncio.Task[None] | None = None
 
@@ -76,6 +84,21 @@ class MicroVM:
     async def wait(self) -> str:
         await processes.wait_for_end(self._identity)
         return f"the microVM ended; the last of its console: {self._jail.last_words(300)}"
+
+    def answered(self) -> None:
+        if self._note_into is not None and self._noting is None:
+            self._noting = asyncio.create_task(self._note(self._note_into), name=f"note {self.spec.machine_id}")
+
+    async def _note(self, folder: Path) -> None:
+        """Write down what this restore touched, for the next one."""
+        memory = folder / self._chain.pieces[0].name
+        try:
+            ranges = await to_thread_whole(working_set.record, self._identity.pid, memory, folder)
+        except OSError as error:
+            log.warning("microvm.working_set_unknown", machine_id=self.spec.machine_id, reason=str(error))
+            return
+        size = sum(length for _, length in ranges)
+        log.info("microvm.working_set", folder=folder.name, ranges=len(ranges), mib=round(size / MIB, 1))
 
     async def set_limits(self, limits: Limits) -> None:
         if limits != self.spec.limits:
@@ -107,9 +130,10 @@ class MicroVM:
         return await asyncio.to_thread(self._read_stats)
 
     async def destroy(self) -> None:
-        if self._shortening is not None:
-            self._shortening.cancel()
-            await asyncio.gather(self._shortening, return_exceptions=True)
+        for task in (self._shortening, self._noting):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         async with self._changing:
             await asyncio.to_thread(self._end)
 

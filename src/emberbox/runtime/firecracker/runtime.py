@@ -18,7 +18,7 @@ import structlog
 from emberbox.linux import processes
 from emberbox.runtime.base import Capabilities, MachineSpec, Saved
 from emberbox.runtime.errors import RuntimeFailure, SavedDamaged
-from emberbox.runtime.firecracker import guest, jail, snapshots
+from emberbox.runtime.firecracker import guest, jail, snapshots, working_set
 from emberbox.runtime.firecracker.api import Deadlines, Drive, Firecracker, NetworkInterface
 from emberbox.runtime.firecracker.chain import Chain
 from emberbox.runtime.firecracker.errors import ApiError, ApiUnreachable, FirecrackerError, JailerError
@@ -103,6 +103,7 @@ class FirecrackerRuntime:
         async with self._folder_lock(saved.directory):
             manifest, memory = await to_thread_whole(self._prepare, saved.directory, chain)
         _refuse_other_size(spec, manifest)
+        await asyncio.to_thread(working_set.read_ahead, memory, saved.directory)
         links = {_STATE: saved.directory / snapshots.STATE, _MEMORY: memory}
         prepared = time.perf_counter()
         async with self._jailed(spec, links) as (cell, identity, api):
@@ -121,7 +122,10 @@ class FirecrackerRuntime:
             jail_ms=round((jailed - prepared) * 1000, 1),
             load_ms=round((time.perf_counter() - jailed) * 1000, 1),
         )
-        machine = self._machine(spec, cell, identity, api, chain, paused=False)
+        # Many machines are restored from a template's one piece, and one from a sandbox's several.
+        new = len(manifest.pieces) == 1 and not working_set.is_known(saved.directory)
+        note_into = saved.directory if new else None
+        machine = self._machine(spec, cell, identity, api, chain, paused=False, note_into=note_into)
         machine.shorten_soon()
         return machine
 
@@ -258,6 +262,7 @@ class FirecrackerRuntime:
         chain: Chain,
         *,
         paused: bool,
+        note_into: Path | None = None,
     ) -> MicroVM:
         return MicroVM(
             spec,
@@ -269,6 +274,7 @@ class FirecrackerRuntime:
             trusted=self._trusted,
             paused=paused,
             after_save=self._after_save,
+            note_into=note_into,
         )
 
     # ---- sweeping ----

@@ -7,8 +7,8 @@ One folder holds all of it, so that its parts live and go together:
     memory.N        pieces of memory, lowest N first: a whole one, then the pages changed since
     upper           the writable disk at the same instant
 
-    whole           all pieces in one, which is what a machine is loaded from; derived, used only by the process
-                    that made it
+    whole           all pieces in one, which is what a machine is loaded from; derived, used only in the boot of the
+                    host that made it
 
 Pieces never change once written, and are hard links where several folders share them (a template's memory is in
 every sandbox saved from it, and on the disk once).
@@ -30,6 +30,7 @@ STATE = "state"
 UPPER = "upper"
 WHOLE = "whole"
 _MANIFEST = "manifest.json"
+_NOTE = "user.emberbox.trusted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,34 +83,35 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 class Trusted:
-    """Pieces whose checksum was compared or computed by this process, by device, inode and change of content.
+    """Files whose contents this host's boot has checked or made, as long as nobody writes to them.
 
     A template's memory is read once to check it, not for each of its clones; what was just written is not read again.
+    The next node process finds it noted in an extended attribute of the file, where the file system has those.
+    After a reboot everything is read again: what was not flushed is gone, and damage is what checksums are for.
     """
 
     _MOST = 10_000
 
-    def __init__(self) -> None:
-        self._marks: set[tuple[int, int, int]] = set()
-        self._wholes: dict[tuple[int, int, int], tuple[Piece, ...]] = {}
+    def __init__(self, boot_id: str | None = None) -> None:
+        self._boot_id = boot_id or Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        self._known: dict[tuple[int, int, int], tuple[Piece, ...]] = {}
 
     def add(self, path: Path) -> None:
-        if len(self._marks) >= self._MOST:
-            self._marks.clear()  # costs one more check of each
-        mark = _mark(path)
-        if mark is not None:
-            self._marks.add(mark)
+        """The file holds what its checksum says."""
+        self.add_whole(path, ())
 
     def __contains__(self, path: Path) -> bool:
-        return _mark(path) in self._marks
+        return self._find(path) is not None
 
     def add_whole(self, path: Path, pieces: tuple[Piece, ...]) -> None:
-        """Remember that the file holds all of `pieces`."""
-        if len(self._wholes) >= self._MOST:
-            self._wholes.clear()
+        """The file holds all of `pieces`."""
         mark = _mark(path)
-        if mark is not None:
-            self._wholes[mark] = pieces
+        if mark is None:
+            return
+        self._remember(mark, pieces)
+        note = {"boot": self._boot_id, "modified": mark[2], "pieces": [asdict(piece) for piece in pieces]}
+        with contextlib.suppress(OSError):
+            os.setxattr(path, _NOTE, json.dumps(note).encode())
 
     def rename_held(self, before: tuple[Piece, ...], after: tuple[Piece, ...], path: Path) -> None:
         """The pieces `before` that the file holds are now called `after`."""
@@ -117,9 +119,30 @@ class Trusted:
             self.add_whole(path, after)
 
     def held(self, path: Path) -> tuple[Piece, ...]:
-        """Return the pieces that the file `WHOLE` holds; none when another process made it, or somebody changed it."""
+        """Return the pieces that the file `WHOLE` holds; none when that is not known, or somebody changed it."""
+        return self._find(path) or ()
+
+    def _find(self, path: Path) -> tuple[Piece, ...] | None:
         mark = _mark(path)
-        return () if mark is None else self._wholes.get(mark, ())
+        if mark is None:
+            return None
+        if mark not in self._known and (noted := self._noted(path, mark[2])) is not None:
+            self._remember(mark, noted)
+        return self._known.get(mark)
+
+    def _noted(self, path: Path, modified: int) -> tuple[Piece, ...] | None:
+        try:
+            note = json.loads(os.getxattr(path, _NOTE))
+            if (note["boot"], note["modified"]) != (self._boot_id, modified):
+                return None
+            return tuple(Piece(**piece) for piece in note["pieces"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _remember(self, mark: tuple[int, int, int], pieces: tuple[Piece, ...]) -> None:
+        if len(self._known) >= self._MOST:
+            self._known.clear()
+        self._known[mark] = pieces
 
 
 def verify(folder: Path, manifest: Manifest, trusted: Trusted) -> None:
@@ -142,7 +165,7 @@ def make_whole(folder: Path, pieces: tuple[Piece, ...], trusted: Trusted) -> Pat
     """Return one file with the memory of all `pieces`, to load a machine from: the only piece, or `WHOLE`.
 
     What is there of the last restore is brought up to date in place when nobody else has it: then the work is what
-    changed since. Nothing is flushed or summed up here; after a crash it is made anew from the pieces.
+    changed since. Nothing is flushed or summed up here; after a reboot it is made anew from the pieces.
     """
     if len(pieces) == 1:
         return folder / pieces[0].name

@@ -1,0 +1,98 @@
+"""What a restored guest touches until it first answers, so that it can be read ahead of the next restore.
+
+After a reboot of the host a memory file is on the disk alone, and each page that the guest touches first is a read of
+its own. The pages of the first restore's memory that were touched until its agent answered are written down beside
+the saved machine; every later restore asks for them in a few large reads, while Firecracker is still being started.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+NAME = "working-set.json"
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_GAP = 16
+"""Pages. Ranges that are closer than this are one: reading a few pages more costs less than another request."""
+_PRESENT = 1 << 63  # proc_pid_pagemap(5)
+
+Ranges = list[tuple[int, int]]
+"""(offset, length) in bytes, in order."""
+
+
+def record(pid: int, memory: Path, folder: Path) -> Ranges:
+    """Write down which pages of the file `memory` the process has touched in its mapping of it, and return them.
+
+    Args:
+        folder: where `NAME` is put, in one step.
+
+    Raises:
+        OSError: the process is gone, or the file cannot be written.
+    """
+    found = _joined(_touched(pid, memory))
+    work = folder / f"{NAME}.new"
+    try:
+        work.write_text(json.dumps(found))
+        work.rename(folder / NAME)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            work.unlink()
+        raise
+    return found
+
+
+def is_known(folder: Path) -> bool:
+    return (folder / NAME).exists()
+
+
+def read_ahead(memory: Path, folder: Path) -> int:
+    """Ask for what `folder`'s note says of the file `memory`; returns the bytes asked for. Does not wait for them.
+
+    A missing or broken note asks for nothing: it only makes things faster.
+    """
+    try:
+        ranges = [(int(offset), int(length)) for offset, length in json.loads((folder / NAME).read_text())]
+    except (OSError, ValueError, TypeError):
+        return 0
+    with memory.open("rb") as reader:
+        for offset, length in ranges:
+            os.posix_fadvise(reader.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+    return sum(length for _, length in ranges)
+
+
+def _touched(pid: int, memory: Path) -> Iterator[tuple[int, int]]:
+    """Yield ranges of the file that are in the process's page tables."""
+    file = memory.stat()
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+        for start, end, offset in _mappings(pid, file):
+            entries = array.array("Q")
+            entries.frombytes(os.pread(pagemap.fileno(), (end - start) // _PAGE * 8, start // _PAGE * 8))
+            for index, entry in enumerate(entries):
+                if entry & _PRESENT:
+                    yield offset + index * _PAGE, _PAGE
+
+
+def _mappings(pid: int, file: os.stat_result) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, end, offset in the file) of the process's mappings of a file, lowest offset first."""
+    device = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}"
+    found = []
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        span, _, offset, at, inode = line.split()[:5]
+        if at == device and int(inode) == file.st_ino:
+            start, _, end = span.partition("-")
+            found.append((int(start, 16), int(end, 16), int(offset, 16)))
+    yield from sorted(found, key=lambda mapping: mapping[2])
+
+
+def _joined(pages: Iterator[tuple[int, int]]) -> Ranges:
+    ranges: Ranges = []
+    for offset, length in pages:
+        if ranges and offset - (ranges[-1][0] + ranges[-1][1]) <= _GAP * _PAGE:
+            ranges[-1] = (ranges[-1][0], offset + length - ranges[-1][0])
+        else:
+            ranges.append((offset, length))
+    return ranges
