@@ -104,6 +104,9 @@ class Sandboxes:
         """
         began = time.perf_counter()
         _check(team, wanted)
+        # First of all: what was made needs no template, node or room in a limit any more.
+        if idempotency is not None and (earlier := await self._earlier(team, idempotency)) is not None:
+            return earlier
         source = await self._templates.resolve(team, wanted.template)
         node = self._place(source.build)
         record = self._new_record(team, wanted, source, node, idempotency)
@@ -113,9 +116,13 @@ class Sandboxes:
             await rows.add(
                 self._plane.store, [record], limit=team.max_sandboxes, key_limit=key.most if key is not None else None
             )
-        except rows.IdempotencyKeyUsed:
+        except rows.IdempotencyKeyUsed as error:
             assert idempotency is not None
-            return await self._repeated(team, idempotency)
+            earlier = await self._earlier(team, idempotency)
+            if earlier is None:
+                # It failed between our insert and this look.
+                raise Conflict("a create with this Idempotency-Key has just failed; repeat the request") from error
+            return earlier
         except SandboxLimitReached as error:
             raise sandbox_limit(error) from error
         except KeyLimitReached as error:
@@ -352,12 +359,16 @@ class Sandboxes:
             request.image.CopyFrom(image_of(build))
         return request
 
-    async def _repeated(self, team: TeamRecord, idempotency: IdempotencyKey) -> SandboxRecord:
-        """The answer to a create whose key was used before."""
+    async def _earlier(self, team: TeamRecord, idempotency: IdempotencyKey) -> SandboxRecord | None:
+        """The sandbox that a create with this key has made; None when the key is free.
+
+        Raises:
+            KeyReused: the key came with another body.
+            Conflict: the create is going on.
+        """
         earlier = await rows.by_idempotency_key(self._plane.store, team.id, idempotency.key)
         if earlier is None:
-            # It failed between our insert and this look.
-            raise Conflict("a create with this Idempotency-Key has just failed; repeat the request")
+            return None
         if earlier.idempotency_hash != idempotency.body_hash:
             raise KeyReused("this Idempotency-Key was used with another body; use a new key for another sandbox")
         if earlier.state == State.CREATING:

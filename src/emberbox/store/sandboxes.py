@@ -83,19 +83,20 @@ async def add(store: Store, records: Sequence[SandboxRecord], *, limit: int, key
         if not store.is_sqlite:
             # Counting and inserting must not interleave with another create of the same team.
             await connection.execute(_lock_team, {"team": first.team_id})
-        live = (await connection.execute(_count_live, {"team": first.team_id})).scalar_one()
-        if live + len(records) > limit:
-            raise SandboxLimitReached(limit)
-        if key_limit is not None:
-            of_key = (await connection.execute(_count_of_key, {"key": first.api_key_id})).scalar_one()
-            if of_key + len(records) > key_limit:
-                raise KeyLimitReached(key_limit)
+        # Before counting: a create that is repeated is no further sandbox, whatever the limits say.
         try:
             await connection.execute(_insert, [values(record) for record in records])
         except IntegrityError as error:
             if first.idempotency_key is not None:
                 raise IdempotencyKeyUsed from error
             raise
+        if (await connection.execute(_count_live, {"team": first.team_id})).scalar_one() > limit:
+            raise SandboxLimitReached(limit)
+        if (
+            key_limit is not None
+            and (await connection.execute(_count_of_key, {"key": first.api_key_id})).scalar_one() > key_limit
+        ):
+            raise KeyLimitReached(key_limit)
         await connection.execute(
             _spawned, {"template": first.template_id, "many": len(records), "at": first.started_at}
         )

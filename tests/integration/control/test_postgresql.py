@@ -38,6 +38,11 @@ from tests.integration.control.test_sandboxes import (  # noqa: F401
     test_metrics_are_kept_from_the_nodes_samples,
     test_the_same_idempotency_key_and_body_give_the_same_sandbox,
 )
+from tests.integration.control.test_scopes import (  # noqa: F401
+    test_a_create_repeated_at_once_is_never_counted_twice,
+    test_a_repeated_create_gives_the_earlier_sandbox_also_at_the_limit,
+    test_creates_at_once_do_not_pass_the_limit,
+)
 from tests.integration.control.test_templates import (  # noqa: F401
     test_named_snapshots_are_found_paged_and_deleted_one_by_one,
     test_tags_mean_the_build_they_were_assigned_to_last,

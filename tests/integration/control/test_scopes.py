@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.integration.control.test_mcp import connected
-from tests.support.control import ADMIN_TOKEN, World
+from tests.support.control import ADMIN_TOKEN, World, set_limits
 from tests.support.live import live_world
 
 SANDBOX = {"templateID": "base"}
@@ -151,6 +151,51 @@ async def test_creates_at_once_do_not_pass_the_limit(world: World) -> None:
         answers = await asyncio.gather(*(client.post("/v2/sandboxes", json=SANDBOX) for _ in range(12)))
 
     assert sorted(answer.status_code for answer in answers) == [201] * 3 + [429] * 9
+
+
+async def test_a_repeated_create_gives_the_earlier_sandbox_also_at_the_limit(world: World) -> None:
+    """The limit of the key, then the limit of the team: a repeated create makes nothing, so it passes neither."""
+    again = {"Idempotency-Key": "one"}
+    async with limited(world, "sandboxes:write", limit=1) as client:
+        first = await client.post("/v2/sandboxes", json=SANDBOX, headers=again)
+        repeated = await client.post("/v2/sandboxes", json=SANDBOX, headers=again)
+        another = await client.post("/v2/sandboxes", json=SANDBOX, headers={"Idempotency-Key": "two"})
+        await set_limits(world, world.team_id, max_sandboxes=1)
+        of_team = await world.client.post("/v2/sandboxes", json=SANDBOX, headers=again)
+
+    assert [answer.status_code for answer in (first, repeated, another, of_team)] == [201, 201, 429, 201]
+    assert repeated.json() == first.json()
+    assert of_team.json()["sandboxID"] == first.json()["sandboxID"]
+    assert len(world.node.machines) == 1
+
+
+async def test_a_create_repeated_at_once_is_never_counted_twice(world: World) -> None:
+    again = {"Idempotency-Key": "one"}
+    async with limited(world, "sandboxes:write", limit=1) as client:
+        answers = await asyncio.gather(*(client.post("/v2/sandboxes", json=SANDBOX, headers=again) for _ in range(12)))
+
+    made_or_under_way = {(201, None), (409, "idempotency_in_progress")}
+    assert {(answer.status_code, answer.json().get("error_code")) for answer in answers} <= made_or_under_way
+    assert len({answer.text for answer in answers if answer.status_code == 201}) == 1
+    assert len(world.node.machines) == 1
+
+
+async def test_a_repeated_create_needs_neither_template_nor_node(world: World) -> None:
+    again = {"Idempotency-Key": "one"}
+    source = await world.create()
+    saved = await world.client.post(f"/sandboxes/{source['sandboxID']}/snapshots", json={"name": "kept"})
+    body = {"templateID": saved.json()["snapshotID"]}
+    first = await world.client.post("/v2/sandboxes", json=body, headers=again)
+    await world.client.delete("/templates/kept")
+
+    deleted = await world.client.post("/v2/sandboxes", json=body, headers=again)
+    async with world.client_with(X_Admin_Token=ADMIN_TOKEN) as admin:
+        await admin.post(f"/nodes/{world.node.node_id}", json={"status": "draining"})
+    drained = await world.client.post("/v2/sandboxes", json=body, headers=again)
+    another = await world.client.post("/v2/sandboxes", json=SANDBOX, headers={"Idempotency-Key": "two"})
+
+    assert [answer.status_code for answer in (first, deleted, drained, another)] == [201, 201, 201, 503]
+    assert first.json() == deleted.json() == drained.json()
 
 
 async def test_the_administrator_is_not_limited(world: World) -> None:
