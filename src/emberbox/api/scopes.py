@@ -15,6 +15,7 @@ _BY_RESOURCE: dict[str, tuple[Scope, Scope]] = {
     "teams": ("sandboxes:read", "admin"),
     "templates": ("templates", "templates"),
     "default-templates": ("templates", "templates"),
+    "shipped-templates": ("templates", "templates"),
     "api-keys": ("admin", "admin"),
     "access-tokens": ("admin", "admin"),
     "secrets": ("admin", "admin"),

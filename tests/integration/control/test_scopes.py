@@ -94,6 +94,16 @@ async def test_a_key_without_exec_gets_no_tokens_and_makes_nothing_open_to_all(w
         assert {"envdAccessToken", "trafficAccessToken"} <= set((await both.post("/v2/sandboxes", json=closed)).json())
 
 
+async def test_a_key_for_templates_also_sees_and_builds_those_that_ship(world: World) -> None:
+    async with limited(world, "templates") as builder, limited(world, "sandboxes:read") as reader:
+        names = await builder.get("/shipped-templates")
+        unknown = await builder.post("/shipped-templates/nothing/builds")
+
+        assert (names.status_code, unknown.status_code) == (200, 404)
+        assert "'templates'" in refusal(await reader.get("/shipped-templates"))
+        assert "'templates'" in refusal(await reader.post("/shipped-templates/nothing/builds"))
+
+
 async def test_a_limited_key_makes_no_wider_one(world: World) -> None:
     async with limited(world, "admin", "sandboxes:read") as admin:
         for body in ({"name": "wide"}, {"name": "wide", "scopes": ["admin", "sandboxes:write"]}):
