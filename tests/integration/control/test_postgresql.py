@@ -47,6 +47,9 @@ from tests.integration.control.test_templates import (  # noqa: F401
     test_named_snapshots_are_found_paged_and_deleted_one_by_one,
     test_tags_mean_the_build_they_were_assigned_to_last,
 )
+from tests.integration.control.test_upgrade import (  # noqa: F401
+    test_a_database_of_the_first_version_is_upgraded_and_goes_on,
+)
 from tests.support.control import World, eventually, made_world, serving_world
 from tests.support.postgres import Cluster, cluster, missing
 
@@ -61,8 +64,13 @@ def postgresql() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-async def world(postgresql: Cluster) -> AsyncIterator[World]:
-    async with serving_world(database_url=postgresql.new_database()) as made:
+def database_url(postgresql: Cluster) -> str:
+    return postgresql.new_database()
+
+
+@pytest.fixture
+async def world(database_url: str) -> AsyncIterator[World]:
+    async with serving_world(database_url=database_url) as made:
         yield made
 
 

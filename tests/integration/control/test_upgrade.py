@@ -1,0 +1,106 @@
+"""A database that an earlier version has filled, brought to the current schema and served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.config import Config
+from sqlalchemy.engine import Connection
+
+from emberbox.store import sandboxes
+from emberbox.store.engine import Store
+from emberbox.store.migrate import HEAD, revision
+from emberbox.wire import node_pb2 as pb
+from tests.support.control import made_world
+
+KEY = "e2b_4db107b74bb0c25036dbfc0f8dda123435d4fe4e"
+TEMPLATE, SANDBOX = "xmtiv6uz2p5g9qmzf8td", "izviqqndiwyewfrdm4un"
+END_AT = 4_102_444_800_000
+
+FIRST = f"""
+INSERT INTO teams VALUES ('905a7074-a95f-468c-9275-d2d2a8d8c671', 'Default', 'default', TRUE, 200, 86400, 100, 300,
+    1795701761767);
+INSERT INTO api_keys VALUES ('bf383776-264b-4b42-a65c-c5a18a1112c7', '905a7074-a95f-468c-9275-d2d2a8d8c671',
+    'first key', '56d6f21e5d69d2d4c2e79419641d891dd0663b4befc459ff760afe5e704f4e89', 'e2b_', 40, '4db1', 'fe4e',
+    'null', 1795701761787, 1795701762064);
+INSERT INTO nodes VALUES ('fake-node', 'unix:/var/lib/emberbox/run/node.sock', 'ready', 1795701761896,
+    '1c623ce3-e0b7-4a33-b25f-c84010f59042', 'container', FALSE, '0.0.0', 1795701761896);
+INSERT INTO templates VALUES ('{TEMPLATE}', '905a7074-a95f-468c-9275-d2d2a8d8c671', 'template', TRUE, TRUE, NULL,
+    1795701761908, 1795701761908, 1795701762084, 1);
+INSERT INTO template_aliases VALUES ('default', 'base', '{TEMPLATE}');
+INSERT INTO template_builds VALUES ('3f3db5d6-0ce3-4995-8ffb-f0ee6ab656df', '{TEMPLATE}', 'ready', 2, 1024, 10240,
+    '["{"ab" * 32}"]', '{{}}', '', '', '', '', NULL, NULL, 'fake-node', NULL, 4096, '0.1',
+    '{{"recipe": "base", "tags": ["default"], "team_id": "905a7074-a95f-468c-9275-d2d2a8d8c671"}}', 'null', NULL,
+    1795701761907, 1795701761933, 1795701761933);
+INSERT INTO template_tags VALUES ('905eebba-3885-48f4-9dce-db79f5dbb684', '{TEMPLATE}', 'default',
+    '3f3db5d6-0ce3-4995-8ffb-f0ee6ab656df', 1795701761933);
+INSERT INTO build_logs VALUES ('3f3db5d6-0ce3-4995-8ffb-f0ee6ab656df', 0, 1795701761932, 'info', 'one', 'base');
+INSERT INTO sandboxes VALUES ('{SANDBOX}', '905a7074-a95f-468c-9275-d2d2a8d8c671', '{TEMPLATE}',
+    '3f3db5d6-0ce3-4995-8ffb-f0ee6ab656df', 'base', 'running', 1795701762096, NULL, 'fake-node', '198.18.0.3', 2, 1024,
+    10240, '0.1', '{{"user": "abc"}}', TRUE, NULL, '{{}}', '[]', FALSE, TRUE, FALSE, 600, 1795701762084, {END_AT},
+    NULL, NULL, NULL, NULL, NULL, NULL);
+"""
+"""Rows as the first version has written them: a first run, and a sandbox created from `base` in it."""
+
+
+@pytest.fixture
+def database_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/emberbox.db"
+
+
+async def filled(url: str, at: str, rows: str) -> None:
+    """Make a database of the revision `at` with these rows."""
+
+    def fill(connection: Connection) -> None:
+        config = Config()
+        config.set_main_option("script_location", "emberbox.store:migrations")
+        config.attributes["connection"] = connection
+        command.upgrade(config, at)
+        for statement in rows.split(";\n"):
+            if statement.strip():
+                connection.exec_driver_sql(statement)
+
+    store = Store(url)
+    try:
+        async with store.write() as connection:
+            await connection.run_sync(fill)
+        assert await revision(store) == at
+    finally:
+        await store.close()
+
+
+async def test_a_database_of_the_first_version_is_upgraded_and_goes_on(database_url: str) -> None:
+    await filled(database_url, "0001", FIRST)
+    machine = pb.CreateRequest(sandbox_id=SANDBOX, template_id=TEMPLATE, deadline_unix_ms=END_AT)
+
+    async with made_world(database_url=database_url) as world:
+        world.node._start(machine)
+        async with world.serving():
+            await world.ready()
+            assert await revision(world.control.store) == HEAD
+            record = await sandboxes.get(world.control.store, SANDBOX)
+            async with world.client_with(X_API_Key=KEY) as old:
+                keys = {key["name"]: key for key in (await old.get("/api-keys")).json()}
+                listed = (await old.get("/v2/sandboxes")).json()
+                detail = (await old.get(f"/sandboxes/{SANDBOX}")).json()
+                made = [await old.post("/v2/sandboxes", json={"templateID": name}) for name in ("base", TEMPLATE)]
+                builds = (await old.get("/templates/base")).json()["builds"]
+                limited = await old.post("/api-keys", json={"name": "new", "scopes": ["templates"], "sandboxLimit": 1})
+                killed = await old.delete(f"/sandboxes/{SANDBOX}")
+
+    assert record is not None
+    assert record.api_key_id is None
+    assert not {"scopes", "sandboxLimit"} & set(keys["first key"])
+    assert [(one["sandboxID"], one["state"], one["metadata"]) for one in listed] == [
+        (SANDBOX, "running", {"user": "abc"})
+    ]
+    assert detail["envdAccessToken"]
+    assert detail["templateID"] == TEMPLATE
+    assert [answer.status_code for answer in made] == [201, 201]
+    assert [build["status"] for build in builds] == ["ready"]
+    assert world.node.builds == []
+    assert limited.json()["scopes"] == ["templates"]
+    assert killed.status_code == 204
+    assert SANDBOX not in world.node.machines
