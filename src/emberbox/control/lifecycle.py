@@ -126,7 +126,6 @@ class Lifecycle:
             raise Conflict(f"sandbox {sandbox_id!r} is {SHOWN[State(current.state)]} already")
         with self._plane.carrying(record.node_id, sandbox_id):
             await self._pause(record, memory=memory)
-        log.info("sandbox.paused", sandbox_id=sandbox_id, memory=memory)
 
     async def _pause(self, record: SandboxRecord, *, memory: bool) -> None:
         sandbox_id = record.id
@@ -164,7 +163,8 @@ class Lifecycle:
         """Let a paused sandbox run again.
 
         Args:
-            timeout: seconds from now; None gives what was left when it was paused, at least 15 s.
+            timeout: seconds from now; None gives what was left when it was paused, at least 15 s, as far as the team
+                may have it.
             auto_pause: a new setting for the deadline; None keeps the one it has.
             memory: False starts it from its files alone.
 
@@ -177,7 +177,7 @@ class Lifecycle:
         current = await self._sandboxes.get(team, sandbox_id)
         if timeout is None:
             left = max(0, current.end_at - (current.paused_at or current.end_at)) // 1000
-            timeout = max(_RESUME_SECONDS, left)
+            timeout = min(max(_RESUME_SECONDS, left), team.max_timeout_seconds)
         check_timeout(team, timeout)
         changes: dict[str, Any] = {"worker": self._plane.worker, "timeout_seconds": timeout}
         if auto_pause is not None:

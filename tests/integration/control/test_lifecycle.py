@@ -61,6 +61,17 @@ async def test_paused_time_does_not_consume_the_timeout(world: World) -> None:
     assert world.node.machines[sandbox_id].status.deadline_unix_ms > 0
 
 
+async def test_a_resume_without_a_timeout_keeps_to_what_the_team_may_have_by_now(world: World) -> None:
+    sandbox_id = (await world.create(timeout=1000))["sandboxID"]
+    await world.client.post(f"/sandboxes/{sandbox_id}/pause")
+    await set_limits(world, world.team_id, max_timeout_seconds=500)
+
+    resumed = await world.client.post(f"/sandboxes/{sandbox_id}/resume")
+
+    assert resumed.status_code == 201
+    assert 490 < seconds_left(await detail(world, sandbox_id)) <= 500
+
+
 async def test_a_resume_takes_a_timeout_and_an_auto_pause(world: World) -> None:
     sandbox_id = (await world.create(timeout=1000))["sandboxID"]
     await world.client.post(f"/sandboxes/{sandbox_id}/pause", json={})
