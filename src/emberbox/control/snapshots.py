@@ -97,6 +97,8 @@ class Snapshots:
             tags=[TagRecord(str(uuid.uuid4()), template.id, tag, build.id, now)],
         )
         if ready is None:
+            # Whoever deleted it found nothing on the node yet.
+            await self._plane.delete_on_node(build, [])
             raise Conflict("the snapshot was deleted while it was being made")
         log.info("snapshot.created", sandbox_id=sandbox_id, snapshot_id=template.id, size_bytes=saved.size_bytes)
         return SnapshotView(template, ready, await self._templates.names(template.id), [tag])

@@ -172,6 +172,25 @@ async def test_a_snapshot_cannot_take_every_name(world: World, name: str) -> Non
     assert world.node.snapshots == {}
 
 
+async def test_a_snapshot_that_is_deleted_while_it_is_made_leaves_nothing(world: World) -> None:
+    sandbox_id = (await world.create())["sandboxID"]
+    saving, go = asyncio.Event(), asyncio.Event()
+
+    async def wait(_request: object) -> None:
+        saving.set()
+        await go.wait()
+
+    world.node.before["Snapshot"] = wait
+    making = asyncio.create_task(world.client.post(f"/sandboxes/{sandbox_id}/snapshots", json={"name": "mine"}))
+    await saving.wait()
+    deleted = await world.client.delete("/templates/mine")
+    go.set()
+    made = await making
+
+    assert (deleted.status_code, made.status_code) == (204, 409)
+    assert world.node.snapshots == {}
+
+
 async def test_a_failed_snapshot_leaves_nothing(world: World) -> None:
     sandbox_id = (await world.create())["sandboxID"]
 
