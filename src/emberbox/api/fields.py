@@ -20,8 +20,12 @@ def at_or_none(milliseconds: int | None) -> datetime | None:
     return at(milliseconds) if milliseconds is not None else None
 
 
-def _storable(text: str) -> str:
-    # PostgreSQL cannot store a NUL, and nothing can encode half a surrogate pair.
+def storable(text: str) -> str:
+    """The text, when every database can hold it: PostgreSQL has no NUL, and nothing encodes half a surrogate pair.
+
+    Raises:
+        ValueError: it cannot.
+    """
     if "\0" in text:
         raise ValueError("must not contain a NUL character")
     if not text.isascii():
@@ -36,7 +40,7 @@ def _with_slashes(text: str) -> str:
     return text.replace(SLASH, "/")
 
 
-Text = Annotated[str, AfterValidator(_storable)]
+Text = Annotated[str, AfterValidator(storable)]
 StringMap = dict[Text, Text]
 
 UnixSeconds = Annotated[int, Field(ge=0, le=99_999_999_999)]

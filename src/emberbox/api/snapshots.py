@@ -8,7 +8,7 @@ from fastapi import Query, Response
 
 from emberbox.api.auth import Control, Team, Who
 from emberbox.api.errors import declared, error_body
-from emberbox.api.fields import SandboxID
+from emberbox.api.fields import SandboxID, Text
 from emberbox.api.paging import NEXT_TOKEN_HEADER, Limit, NextToken, decode, encode
 from emberbox.api.router import Router
 from emberbox.api.sandbox_models import ForkRequest, ForkResult, SnapshotInfo, SnapshotRequest, sandbox
@@ -35,7 +35,7 @@ async def list_page(
     response: Response,
     plane: Control,
     team: Team,
-    sandboxID: Annotated[str | None, Query(max_length=64, description="Of this sandbox")] = None,
+    sandboxID: Annotated[Text | None, Query(max_length=64, description="Of this sandbox")] = None,
     name: Annotated[str | None, Query(max_length=300, description="Name or ID, with or without a tag")] = None,
     limit: Limit = 100,
     nextToken: NextToken = None,

@@ -9,7 +9,7 @@ from fastapi import Query
 from emberbox.api.auth import Control, Team
 from emberbox.api.errors import declared
 from emberbox.api.fields import PathText
-from emberbox.api.paging import decode, encode
+from emberbox.api.paging import Position, decode, encode
 from emberbox.api.router import Router
 from emberbox.api.template_models import (
     AssignedTags,
@@ -81,15 +81,16 @@ async def groups(
     by_tag: dict[str, list[Assignment]] = {}
     for assignment in await plane.tags.assignments(team, templateID):
         by_tag.setdefault(assignment.tag.tag, []).append(assignment)
-    names = [name for name in by_tag if search is None or search.lower() in name]
-    if sort.startswith("name"):
-        names.sort(reverse=sort.endswith("desc"))
-    else:
-        names.sort(key=lambda name: (by_tag[name][0].tag.assigned_at, name), reverse=sort.endswith("desc"))
-    position = decode(tagsCursor)
-    start = names.index(position[1]) + 1 if position and position[1] in names else 0
-    shown = names[start : start + tagsLimit]
-    more = start + tagsLimit < len(names)
+    by_name, descending = sort.startswith("name"), sort.endswith("desc")
+
+    def place(name: str) -> Position:
+        return 0 if by_name else by_tag[name][0].tag.assigned_at, name
+
+    names = sorted((name for name in by_tag if search is None or search.lower() in name), key=place, reverse=descending)
+    if (after := decode(tagsCursor)) is not None:
+        # By place, not by name: the tag that the page before ended with may be gone.
+        names = [name for name in names if (place(name) < after if descending else place(name) > after)]
+    shown = names[:tagsLimit]
     return TagGroups(
         tags=[
             TagGroup(
@@ -99,7 +100,7 @@ async def groups(
             )
             for name in shown
         ],
-        nextCursor=encode((0, shown[-1])) if more else None,
+        nextCursor=encode(place(shown[-1])) if len(names) > tagsLimit else None,
     )
 
 

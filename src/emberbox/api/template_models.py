@@ -396,7 +396,7 @@ def requested_build(made: Registered) -> RequestedBuild:
 
 
 def template_with_builds(
-    record: TemplateRecord, names: list[tuple[str, str]], builds: list[BuildRecord]
+    record: TemplateRecord, names: list[tuple[str, str]], builds: list[BuildRecord], *, owned: bool
 ) -> TemplateWithBuilds:
     return TemplateWithBuilds(
         templateID=record.id,
@@ -405,8 +405,9 @@ def template_with_builds(
         names=full_names(names),
         createdAt=at(record.created_at),
         updatedAt=at(record.updated_at),
-        lastSpawnedAt=at_or_none(record.last_spawned_at),
-        spawnCount=record.spawn_count,
+        # As in lists.
+        lastSpawnedAt=at_or_none(record.last_spawned_at) if owned else None,
+        spawnCount=record.spawn_count if owned else 0,
         builds=[_build(build) for build in builds],
     )
 

@@ -81,7 +81,8 @@ async def get(
     if len(builds) > limit:
         last = builds[limit - 1]
         response.headers[NEXT_TOKEN_HEADER] = encode((last.created_at, last.id))
-    return template_with_builds(found, await plane.templates.names(found.id), builds[:limit])
+    names = await plane.templates.names(found.id)
+    return template_with_builds(found, names, builds[:limit], owned=found.team_id == team.id)
 
 
 @router.delete("/templates/{templateID}", status_code=204, responses=declared(400, 401, 403, 404, 500))

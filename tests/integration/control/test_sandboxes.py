@@ -7,6 +7,7 @@ import hashlib
 
 import pytest
 
+from emberbox.api.paging import encode
 from emberbox.wire import node_pb2 as pb
 from tests.support.control import World, eventually, set_limits
 
@@ -299,6 +300,9 @@ async def test_started_after_leaves_older_ones_out(world: World) -> None:
         "limit=101",
         "limit=x",
         "nextToken=nonsense",
+        f"nextToken={encode((1, chr(0xD800)))}",
+        f"nextToken={encode((1, chr(0)))}",
+        f"nextToken={encode((2**53, 'i'))}",
         "order=up",
         "state=dead",
         "metadata=nothing",

@@ -81,6 +81,44 @@ async def test_a_default_template_is_there_for_every_team_but_nobodys_to_delete(
     assert (deleted.status_code, changed.status_code, by_owner.status_code) == (403, 403, 403)
 
 
+async def test_how_often_a_default_template_is_used_is_for_its_team_alone(world: World) -> None:
+    await world.create()
+    _, key = await world.other_team()
+
+    async with world.client_with(X_API_Key=key) as stranger:
+        by_stranger = (await stranger.get("/templates/base")).json()
+    by_owner = (await world.client.get("/templates/base")).json()
+
+    assert (by_stranger["spawnCount"], by_stranger["lastSpawnedAt"]) == (0, None)
+    assert by_owner["spawnCount"] == 1
+    assert by_owner["lastSpawnedAt"] is not None
+
+
+@pytest.mark.parametrize("sort", ["latest_desc", "latest_asc", "name_desc", "name_asc"])
+async def test_pages_of_tags_go_on_also_where_a_tag_was_deleted(world: World, sort: str) -> None:
+    for tag in ("c", "a", "b"):
+        await world.client.post("/templates/tags", json={"target": "base", "tags": [tag]})
+    path, limits = "/templates/base/tags/groups", {"sort": sort, "tagsLimit": "2"}
+    everything = [group["tag"] for group in (await world.client.get(path, params={"sort": sort})).json()["tags"]]
+    # `default` cannot be deleted: let the first page end with another tag.
+    at = 2 if everything[1] != "default" else 3
+    first = (await world.client.get(path, params={**limits, "tagsLimit": str(at)})).json()
+
+    await world.client.request("DELETE", "/templates/tags", json={"name": "base", "tags": [everything[at - 1]]})
+    rest = (await world.client.get(path, params={**limits, "tagsCursor": first["nextCursor"]})).json()
+
+    assert len(everything) == 4
+    assert [group["tag"] for group in first["tags"]] == everything[:at]
+    assert [group["tag"] for group in rest["tags"]] == everything[at:]
+
+
+async def test_a_snapshot_is_looked_for_by_text_that_can_be_an_id(world: World) -> None:
+    answer = await world.client.get("/snapshots?sandboxID=%00")
+
+    assert answer.status_code == 400
+    assert "NUL" in answer.json()["message"]
+
+
 async def test_tags_mean_the_build_they_were_assigned_to_last(world: World) -> None:
     assigned = await world.client.post("/templates/tags", json={"target": "base", "tags": ["v1", "Stable"]})
     listed = (await world.client.get("/templates/base/tags")).json()
