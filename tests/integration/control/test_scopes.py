@@ -104,6 +104,36 @@ async def test_a_key_for_templates_also_sees_and_builds_those_that_ship(world: W
         assert "'templates'" in refusal(await reader.post("/shipped-templates/nothing/builds"))
 
 
+async def test_a_scope_holds_for_every_sandbox_of_the_team_and_for_no_other(world: World) -> None:
+    made_by_another_key = (await world.create())["sandboxID"]
+    _, strangers_key = await world.other_team()
+    async with world.client_with(X_API_Key=strangers_key) as stranger:
+        strangers = (await stranger.post("/v2/sandboxes", json=SANDBOX)).json()["sandboxID"]
+
+    async with limited(world, "sandboxes:write") as writer:
+        saved = await writer.post(f"/sandboxes/{made_by_another_key}/snapshots", json={})
+        opened = await writer.put(f"/sandboxes/{made_by_another_key}/network", json={"allow_internet_access": True})
+        killed = await writer.delete(f"/sandboxes/{made_by_another_key}")
+        not_there = [
+            await writer.post(f"/sandboxes/{strangers}/snapshots", json={}),
+            await writer.put(f"/sandboxes/{strangers}/network", json={}),
+            await writer.delete(f"/sandboxes/{strangers}"),
+        ]
+
+    assert [answer.status_code for answer in (saved, opened, killed)] == [201, 204, 204]
+    assert [answer.status_code for answer in not_there] == [404, 404, 404]
+    assert await world.state_of(strangers) == "running"
+
+
+async def test_a_key_for_keys_deletes_wider_ones(world: World) -> None:
+    async with limited(world, "admin") as admin:
+        (wide, *_) = [key for key in (await admin.get("/api-keys")).json() if "scopes" not in key]
+        deleted = await admin.delete(f"/api-keys/{wide['id']}")
+
+    assert deleted.status_code == 204
+    assert (await world.client.get("/v2/sandboxes")).status_code == 401
+
+
 async def test_a_limited_key_makes_no_wider_one(world: World) -> None:
     async with limited(world, "admin", "sandboxes:read") as admin:
         for body in ({"name": "wide"}, {"name": "wide", "scopes": ["admin", "sandboxes:write"]}):
