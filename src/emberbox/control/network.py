@@ -17,6 +17,8 @@ _DOMAIN = re.compile(r"(\*\.)?(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63
 _PROXY = re.compile(r"[^\s:/@]+:\d{1,5}\Z|\[[0-9a-fA-F:.]+\]:\d{1,5}\Z")
 _HOST_MASK = re.compile(r"[a-zA-Z0-9_.:${}\[\]-]{1,255}\Z")
 _MOST_RULES = 1000
+_MOST_HTTPS_PORTS = 100
+"""They are in the sandbox's route, and HAProxy reads a route in one command of at most `tune.bufsize` bytes."""
 
 
 def check_network(network: Mapping[str, Any]) -> None:
@@ -43,7 +45,10 @@ def check_network(network: Mapping[str, Any]) -> None:
         )
     for server in network.get("dnsServers") or ():
         _check_dns_server(server)
-    for port in network.get("httpsPorts") or ():
+    https_ports: Sequence[int] = network.get("httpsPorts") or ()
+    if len(https_ports) > _MOST_HTTPS_PORTS:
+        raise Invalid(f"network.httpsPorts has {len(https_ports)} entries; {_MOST_HTTPS_PORTS} are allowed")
+    for port in https_ports:
         if not 1 <= port <= 65535 or port == AGENT_PORT:
             raise Invalid(f"network.httpsPorts entry {port} is not a port from 1 to 65535 other than {AGENT_PORT}")
     mask = network.get("maskRequestHost")

@@ -78,6 +78,7 @@ async def test_an_unknown_template_is_404_with_a_suggestion(world: World) -> Non
         ({"network": {"denyOut": ["example.com"]}}, "denyOut"),
         ({"network": {"allowOut": ["example.com"]}}, "0.0.0.0/0"),
         ({"network": {"httpsPorts": [49983]}}, "httpsPorts"),
+        ({"network": {"httpsPorts": list(range(1, 102))}}, "101 entries; 100 are allowed"),
         ({"network": {"egressProxy": {"address": "nowhere"}}}, "host:port"),
         ({"templateID": "Not A Name!"}, "not a template name"),
     ],
