@@ -8,7 +8,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -113,7 +113,13 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
 
 
 async def _on_store_error(request: Request, error: Exception) -> JSONResponse:
-    """The database is away, locked or full. What was asked is undone, or finished when it is back."""
+    """The database is away, locked or full. What was asked is undone, or finished when it is back.
+
+    Or the rows do not fit together any more, as when a template is deleted while a build is added to it.
+    """
+    if isinstance(error, IntegrityError):
+        log.warning("store.conflict", method=request.method, path=request.url.path, exc_info=error)
+        return _answer(409, "something of this was changed or deleted at the same moment; try again", should_retry=True)
     log.error("store.failed", method=request.method, path=request.url.path, exc_info=error)
     return _answer(503, "the database cannot be used at the moment; try again", should_retry=True)
 

@@ -46,6 +46,7 @@ from tests.integration.control.test_scopes import (  # noqa: F401
 from tests.integration.control.test_templates import (  # noqa: F401
     test_named_snapshots_are_found_paged_and_deleted_one_by_one,
     test_tags_mean_the_build_they_were_assigned_to_last,
+    test_what_is_deleted_while_something_is_added_to_it_may_be_tried_again,
 )
 from tests.integration.control.test_upgrade import (  # noqa: F401
     test_a_database_of_the_first_version_is_upgraded_and_goes_on,

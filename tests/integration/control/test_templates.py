@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from emberbox.store import templates as rows
+from emberbox.store.engine import Store
+from emberbox.store.records import BuildRecord
 from emberbox.wire import node_pb2 as pb
 from tests.support.control import World
 
@@ -226,6 +229,32 @@ async def test_a_snapshot_that_is_deleted_while_it_is_made_leaves_nothing(world:
     made = await making
 
     assert (deleted.status_code, made.status_code) == (204, 409)
+    assert world.node.snapshots == {}
+
+
+async def test_what_is_deleted_while_something_is_added_to_it_may_be_tried_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox_id = (await world.create())["sandboxID"]
+    await snapshot(world, sandbox_id, name="saved")
+    await world.client.post("/v3/templates", json={"name": "built"})
+    add_build = rows.add_build
+
+    async def too_late(store: Store, build: BuildRecord) -> None:
+        await world.client.delete(f"/templates/{build.template_id}")
+        await add_build(store, build)
+
+    monkeypatch.setattr(rows, "add_build", too_late)
+    answers = [
+        await world.client.post(f"/sandboxes/{sandbox_id}/snapshots", json={"name": "saved"}),
+        await world.client.post("/v3/templates", json={"name": "built"}),
+    ]
+    monkeypatch.undo()
+    again = await world.client.post("/v3/templates", json={"name": "built"})
+
+    assert [answer.status_code for answer in answers] == [409, 409]
+    assert {answer.headers["should-retry"] for answer in answers} == {"true"}
+    assert again.status_code == 202
     assert world.node.snapshots == {}
 
 
