@@ -46,6 +46,8 @@ class Fleet:
     async def set_status(self, node_id: str, status: str) -> None:
         """Let a node take new sandboxes (`ready`), or not (`draining`, `standby`).
 
+        Other api processes on the same database notice it within half a minute.
+
         Raises:
             NotFound: no such node.
             Invalid: a status that is observed, not set.
@@ -54,10 +56,12 @@ class Fleet:
             raise Invalid(f"status {status!r} cannot be set; use {', '.join(SETTABLE)}")
         view = await self.node(node_id)
         await rows.set_status(self._plane.store, view.record.id, status, now_ms())
-        if status == "ready":
-            self._plane.nodes.draining.discard(node_id)
-        else:
-            self._plane.nodes.draining.add(node_id)
+        self._plane.nodes.note_status(view.record.id, status)
+
+    async def follow(self) -> None:
+        """Note which status nodes were given by other api processes."""
+        for record in await rows.listed(self._plane.store):
+            self._plane.nodes.note_status(record.id, record.status)
 
     async def _view(self, record: NodeRecord) -> NodeView:
         node = next((node for node in self._plane.nodes if node.node_id == record.id), None)

@@ -241,6 +241,13 @@ class Nodes:
     def __iter__(self) -> Any:
         return iter(self._nodes)
 
+    def note_status(self, node_id: str, status: str) -> None:
+        """Let a node take new sandboxes when its status is `ready`, and none otherwise."""
+        if status == "ready":
+            self.draining.discard(node_id)
+        else:
+            self.draining.add(node_id)
+
     def place(self) -> Node:
         """A node for a new sandbox: of those that are up, the one that runs the fewest.
 

@@ -78,10 +78,7 @@ class Reconciler:
                 last_seen_at=now,
             ),
         )
-        if record.status == "ready":
-            self._plane.nodes.draining.discard(record.id)
-        else:
-            self._plane.nodes.draining.add(record.id)
+        self._plane.nodes.note_status(record.id, record.status)
 
     async def _compare(self, node: Node, state: pb.State, opened_ms: int) -> None:
         machines = {machine.sandbox_id: machine for machine in state.machines}

@@ -87,7 +87,7 @@ class ControlPlane:
         self._tasks = [
             asyncio.create_task(watch(self.plane, self._reconciler), name="watch nodes"),
             asyncio.create_task(self._edge.keep_connected(), name="keep edge"),
-            asyncio.create_task(self._upkeep(), name="upkeep"),
+            asyncio.create_task(self._keep_up(), name="upkeep"),
             asyncio.create_task(self._start_up(), name="start up"),
         ]
         for task in self._tasks:
@@ -117,16 +117,20 @@ class ControlPlane:
         await self.builds.connected_node()
         await self.snapshots.undo_interrupted()
 
-    async def _upkeep(self) -> None:
-        """Write down what is kept in memory, and forget what is kept no longer."""
+    async def upkeep(self) -> None:
+        """Write down what is kept in memory, see what other processes did, forget what is kept no longer."""
+        await self.accounts.record_use()
+        await self.fleet.follow()
+        await self.builds.tend()
+        now = now_ms()
+        await metric_rows.forget(self.store, now - self.settings.metrics_keep_seconds * 1000)
+        await sandbox_rows.forget_ended(self.store, now - self.settings.logs_keep_seconds * 1000)
+
+    async def _keep_up(self) -> None:
         while True:
             await asyncio.sleep(_UPKEEP_SECONDS)
             try:
-                await self.accounts.record_use()
-                await self.builds.tend()
-                now = now_ms()
-                await metric_rows.forget(self.store, now - self.settings.metrics_keep_seconds * 1000)
-                await sandbox_rows.forget_ended(self.store, now - self.settings.logs_keep_seconds * 1000)
+                await self.upkeep()
             except Exception:
                 log.exception("upkeep.failed")
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from sqlalchemy import update
 
+from emberbox.api.app import create_app
 from emberbox.store.engine import Store
 from emberbox.store.migrate import HEAD, migrate, revision
 from emberbox.store.tables import template_builds
@@ -51,7 +52,7 @@ from tests.integration.control.test_templates import (  # noqa: F401
 from tests.integration.control.test_upgrade import (  # noqa: F401
     test_a_database_of_the_first_version_is_upgraded_and_goes_on,
 )
-from tests.support.control import World, eventually, made_world, serving_world
+from tests.support.control import ADMIN_TOKEN, World, eventually, made_world, serving_world
 from tests.support.postgres import Cluster, cluster, missing
 
 if reason := missing():
@@ -84,6 +85,21 @@ async def test_two_processes_may_migrate_at_once(postgresql: Cluster) -> None:
     finally:
         for store in stores:
             await store.close()
+
+
+async def test_a_node_that_is_drained_by_one_process_gets_no_sandbox_from_another(world: World) -> None:
+    other = create_app(world.settings)
+    async with world.client_with(X_Admin_Token=ADMIN_TOKEN) as admin, other.router.lifespan_context(other):
+        await eventually(lambda: other.state.control.shipped.startup.status == "ready")
+        codes = []
+        for status in ("draining", "ready"):
+            await admin.post(f"/nodes/{world.node.node_id}", json={"status": status})
+            await other.state.control.upkeep()
+            world.app = other
+            async with world.client_with(X_API_Key=world.key) as client:
+                codes.append((await client.post("/v2/sandboxes", json={"templateID": "base"})).status_code)
+
+    assert codes == [503, 201]
 
 
 async def test_a_build_is_taken_over_when_its_process_has_been_silent(postgresql: Cluster) -> None:
