@@ -103,10 +103,10 @@ class Sandboxes:
             ControlError: the node could not start it; nothing is left behind.
         """
         began = time.perf_counter()
-        _check(team, wanted)
         # First of all: what was made needs no template, node or room in a limit any more.
         if idempotency is not None and (earlier := await self._earlier(team, idempotency)) is not None:
             return earlier
+        _check(team, wanted)
         source = await self._templates.resolve(team, wanted.template)
         node = self._place(source.build)
         record = self._new_record(team, wanted, source, node, idempotency)

@@ -194,12 +194,13 @@ async def test_creates_at_once_do_not_pass_the_limit(world: World) -> None:
 
 
 async def test_a_repeated_create_gives_the_earlier_sandbox_also_at_the_limit(world: World) -> None:
-    """The limit of the key, then the limit of the team: a repeated create makes nothing, so it passes neither."""
+    """Limits of the key and of the team: a repeated create makes nothing, so it passes none."""
     again = {"Idempotency-Key": "one"}
     async with limited(world, "sandboxes:write", limit=1) as client:
         first = await client.post("/v2/sandboxes", json=SANDBOX, headers=again)
+        await set_limits(world, world.team_id, max_timeout_seconds=1)
         repeated = await client.post("/v2/sandboxes", json=SANDBOX, headers=again)
-        another = await client.post("/v2/sandboxes", json=SANDBOX, headers={"Idempotency-Key": "two"})
+        another = await client.post("/v2/sandboxes", json={**SANDBOX, "timeout": 1}, headers={"Idempotency-Key": "two"})
         await set_limits(world, world.team_id, max_sandboxes=1)
         of_team = await world.client.post("/v2/sandboxes", json=SANDBOX, headers=again)
 
