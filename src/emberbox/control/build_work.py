@@ -6,7 +6,6 @@ import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 
 import structlog
 
@@ -30,6 +29,8 @@ UNFINISHED = ("waiting", "building")
 _AWAY_SECONDS = 300.0
 _LOOK_SECONDS = 0.25
 _WRITE_PAUSES = (1.0, 2.0, 5.0, 15.0, 60.0, 60.0, 60.0)
+
+_NUL = "the image sets a variable, user, directory or command with a NUL character, which no program can be given"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class BuildWork:
         try:
             build, outcome = await self._outcome(build_id, team_id, plan)
         except ControlError as error:
-            reason: dict[str, Any] = {"message": error.message}
+            reason = {"message": error.message}
             await self._surely(lambda: self.fail(build_id, reason))
             return
         except Exception:
@@ -156,6 +157,10 @@ class BuildWork:
     async def _finish(self, build: BuildRecord, done: pb.BuildDone) -> None:
         now = now_ms()
         image = done.image
+        if _has_nul(image):
+            await self.fail(build.id, {"message": _NUL})
+            await self._release(build, list(image.layers))
+            return
         tags = (build.request or {}).get("tags") or [DEFAULT_TAG]
         ready = await rows.change_build(
             self._plane.store,
@@ -183,7 +188,7 @@ class BuildWork:
             return
         log.info("build.ready", build_id=build.id, template_id=build.template_id, size_bytes=done.size_bytes)
 
-    async def fail(self, build_id: str, reason: dict[str, Any]) -> bool:
+    async def fail(self, build_id: str, reason: dict[str, str]) -> bool:
         """Mark a build as failed; what was ready before stays in use. Returns whether it was unfinished."""
         now = now_ms()
         before = await rows.get_build(self._plane.store, build_id)
@@ -194,7 +199,8 @@ class BuildWork:
             changes={
                 "status": "error",
                 "worker": None,
-                "reason": reason,
+                # PostgreSQL has no NUL.
+                "reason": {key: text.replace("\0", "") for key, text in reason.items()},
                 "layers": [],
                 "updated_at": now,
                 "finished_at": now,
@@ -212,3 +218,8 @@ class BuildWork:
         unused = await rows.unused_layers(self._plane.store, layers, but_by=build.id)
         if unused:
             await self._plane.delete_on_node(build, sorted(unused))
+
+
+def _has_nul(image: pb.Image) -> bool:
+    texts = (image.default_user, image.default_workdir, image.start_command, image.ready_command)
+    return any("\0" in text for text in (*texts, *image.env_vars, *image.env_vars.values()))

@@ -560,6 +560,22 @@ async def test_a_failed_build_says_where_and_leaves_the_ready_one_in_use(world: 
     assert (listed["buildID"], listed["buildStatus"]) == (first["buildID"], "ready")
 
 
+async def test_a_build_ends_also_when_what_it_says_has_a_nul(world: World) -> None:
+    image = pb.Image(layers=["ef" * 32], env_vars={"A": "one\0two"})
+    told = []
+    for end in (failed("exit\0 code 2"), pb.BuildEvent(done=pb.BuildDone(image=image, size_bytes=1))):
+        world.node.build_events = [line("a\0b"), end]
+        made = await register(world)
+        await start(world, made)
+        told.append(await ended(world, made))
+
+    assert [one["status"] for one in told] == ["error", "error"]
+    assert [one["logs"] for one in told] == [["ab"], ["ab"]]
+    assert told[0]["reason"]["message"] == "exit code 2"
+    assert "NUL character" in told[1]["reason"]["message"]
+    await eventually(lambda: ["ef" * 32] in [list(request.layers) for request in world.node.deleted_builds])
+
+
 async def test_a_template_without_a_ready_build_says_so(world: World) -> None:
     await register(world)
 
