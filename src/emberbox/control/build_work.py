@@ -30,7 +30,8 @@ _AWAY_SECONDS = 300.0
 _LOOK_SECONDS = 0.25
 _WRITE_PAUSES = (1.0, 2.0, 5.0, 15.0, 60.0, 60.0, 60.0)
 
-_NUL = "the image sets a variable, user, directory or command with a NUL character, which no program can be given"
+_LONGEST_USER = 64
+"""As in the table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +158,8 @@ class BuildWork:
     async def _finish(self, build: BuildRecord, done: pb.BuildDone) -> None:
         now = now_ms()
         image = done.image
-        if _has_nul(image):
-            await self.fail(build.id, {"message": _NUL})
+        if problem := _problem(image):
+            await self.fail(build.id, {"message": problem})
             await self._release(build, list(image.layers))
             return
         tags = (build.request or {}).get("tags") or [DEFAULT_TAG]
@@ -220,6 +221,11 @@ class BuildWork:
             await self._plane.delete_on_node(build, sorted(unused))
 
 
-def _has_nul(image: pb.Image) -> bool:
+def _problem(image: pb.Image) -> str:
+    """Why a built image cannot be written down, for people; empty when it can."""
     texts = (image.default_user, image.default_workdir, image.start_command, image.ready_command)
-    return any("\0" in text for text in (*texts, *image.env_vars, *image.env_vars.values()))
+    if any("\0" in text for text in (*texts, *image.env_vars, *image.env_vars.values())):
+        return "the image sets a variable, user, directory or command with a NUL, which no program can be given"
+    if len(image.default_user) > _LONGEST_USER:
+        return f"the name of the image's user is longer than {_LONGEST_USER} characters; set a shorter one with USER"
+    return ""

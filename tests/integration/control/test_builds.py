@@ -560,20 +560,28 @@ async def test_a_failed_build_says_where_and_leaves_the_ready_one_in_use(world: 
     assert (listed["buildID"], listed["buildStatus"]) == (first["buildID"], "ready")
 
 
-async def test_a_build_ends_also_when_what_it_says_has_a_nul(world: World) -> None:
-    image = pb.Image(layers=["ef" * 32], env_vars={"A": "one\0two"})
+async def test_a_build_ends_also_when_what_it_says_cannot_be_stored(world: World) -> None:
+    with_nul = pb.Image(layers=["ef" * 32], env_vars={"A": "one\0two"})
+    with_long = pb.Image(layers=["ef" * 32], default_user="u" * 65)
     told = []
-    for end in (failed("exit\0 code 2"), pb.BuildEvent(done=pb.BuildDone(image=image, size_bytes=1))):
+    for end in (
+        failed("exit\0 code 2"),
+        pb.BuildEvent(done=pb.BuildDone(image=with_nul, size_bytes=1)),
+        pb.BuildEvent(done=pb.BuildDone(image=with_long, size_bytes=1)),
+    ):
         world.node.build_events = [line("a\0b"), end]
         made = await register(world)
         await start(world, made)
         told.append(await ended(world, made))
 
-    assert [one["status"] for one in told] == ["error", "error"]
-    assert [one["logs"] for one in told] == [["ab"], ["ab"]]
+    assert [one["status"] for one in told] == ["error"] * 3
+    assert [one["logs"] for one in told] == [["ab"]] * 3
     assert told[0]["reason"]["message"] == "exit code 2"
-    assert "NUL character" in told[1]["reason"]["message"]
-    await eventually(lambda: ["ef" * 32] in [list(request.layers) for request in world.node.deleted_builds])
+    assert "with a NUL" in told[1]["reason"]["message"]
+    assert "longer than 64 characters" in told[2]["reason"]["message"]
+    await eventually(
+        lambda: [list(request.layers) for request in world.node.deleted_builds].count(["ef" * 32]) == 2,
+    )
 
 
 async def test_a_template_without_a_ready_build_says_so(world: World) -> None:

@@ -22,7 +22,7 @@ from tests.integration.control.test_builds import (  # noqa: F401
     ended,
     register,
     start,
-    test_a_build_ends_also_when_what_it_says_has_a_nul,
+    test_a_build_ends_also_when_what_it_says_cannot_be_stored,
     test_a_build_is_started_once,
     test_a_failed_build_says_where_and_leaves_the_ready_one_in_use,
     test_deleting_a_template_ends_its_builds_and_leaves_its_sandboxes,
