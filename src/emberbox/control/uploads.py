@@ -43,6 +43,8 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _UNPACKED_TIMES = 8
 """An archive may unpack to so many times the size limit of an upload; more is a bomb."""
 _MEMBERS = 1_000_000
+_EXTENSION_BYTES = 1024 * 1024
+"""Of a header that extends the next member's: a long name, pax records. It is read into memory."""
 _PARTIAL = ".part"
 _IDLE_SECONDS = 120.0
 """An upload of which nothing arrives for so long is given up."""
@@ -232,18 +234,22 @@ def check_archive(path: Path, unpacked_limit: int) -> None:
             compressed = file.read(2) == _GZIP_MAGIC
             file.seek(0)
             limited = _Limited(gzip.GzipFile(fileobj=file) if compressed else file, unpacked_limit)
-            with tarfile.open(fileobj=limited, mode="r|", bufsize=_CHUNK) as archive:
+            with tarfile.open(fileobj=limited, mode="r|", bufsize=_CHUNK, tarinfo=_Member) as archive:
                 for member in archive:
                     members += 1
                     if members > _MEMBERS:
                         raise Invalid(f"the archive has more than {_MEMBERS} members, the limit")
+                    # The next member is looked for behind this one, however far that is.
+                    if not 0 <= member.size <= unpacked_limit:
+                        raise Invalid(_too_much(unpacked_limit))
                     _check_member(member)
                     # A list of all members would only grow.
                     archive.members = []  # type: ignore[attr-defined]
             # The checksum comes at the very end.
             while limited.read(_CHUNK):
                 pass
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError) as error:
+        # `tarfile` takes numbers in pax records for granted.
         raise Invalid(f"what was uploaded is not a tar archive, or is damaged: {error}") from error
     if not members:
         raise Invalid("the archive is empty")
@@ -262,8 +268,32 @@ class _Limited(io.RawIOBase):
         data = self._file.read(size)
         self._count += len(data)
         if self._count > self._limit:
-            raise Invalid(f"the archive unpacks to more than {self._limit} bytes, the limit")
+            raise Invalid(_too_much(self._limit))
         return data
+
+
+class _Member(tarfile.TarInfo):
+    """A header that is not followed into memory when it says that it goes on for megabytes."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        """
+        Raises:
+            Invalid: it extends another header by more than `_EXTENSION_BYTES`.
+        """
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTENSIONS and not 0 <= header.size <= _EXTENSION_BYTES:
+            raise Invalid(f"the archive has a header of {header.size} bytes; {_EXTENSION_BYTES} are allowed")
+        return header
+
+
+_EXTENSIONS = frozenset(
+    (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+)
+
+
+def _too_much(limit: int) -> str:
+    return f"the archive unpacks to more than {limit} bytes, the limit"
 
 
 def _check_member(member: tarfile.TarInfo) -> None:

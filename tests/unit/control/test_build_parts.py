@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import io
 import tarfile
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -152,6 +153,37 @@ def test_what_was_cut_off_anywhere_is_refused(length: int, tmp_path: Path) -> No
 
     with pytest.raises(Invalid):
         check_archive(tmp_path / "archive", 100_000)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "records",
+    [{"size": "9" * 20}, {"size": "-5"}, {"GNU.sparse.size": "x"}, {"GNU.sparse.map": "0,x"}],
+    ids=lambda records: str(*records.items()),
+)
+def test_numbers_in_headers_that_cannot_be_are_refused_at_once(records: dict[str, str], tmp_path: Path) -> None:
+    member = _member("a", size=10)
+    member.pax_headers = records
+    (tmp_path / "archive").write_bytes(_archive(member))
+
+    with pytest.raises(Invalid, match=r"the limit|is damaged"):
+        check_archive(tmp_path / "archive", 100_000)
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_of_megabytes_is_not_read_into_memory(kind: bytes, tmp_path: Path) -> None:
+    long = _member("long", kind, size=64 * 1024 * 1024)
+    (tmp_path / "archive").write_bytes(gzip.compress(_archive(long), compresslevel=1))
+
+    tracemalloc.start()
+    try:
+        with pytest.raises(Invalid, match="a header of 67108864 bytes"):
+            check_archive(tmp_path / "archive", 10**9)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 16 * 1024 * 1024
 
 
 @pytest.mark.parametrize(
