@@ -150,6 +150,8 @@ class Lab:
             *("-cpu", "max", "-smp", str(cpus), "-m", str(memory_mb)),
             *("-display", "none", "-no-reboot", "-nodefaults", "-no-user-config"),
             *("-serial", f"file:{self.state / 'console.log'}"),
+            # What a lab that hangs is asked with: `info registers -a`.
+            *("-monitor", f"unix:{self.state / 'monitor.sock'},server=on,wait=off"),
             *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
             *(
                 "-append",
