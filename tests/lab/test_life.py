@@ -51,6 +51,10 @@ def remains(in_lab: InLab, machine: str) -> list[str]:
     ).split()
 
 
+def resident_mib(in_lab: InLab, pid: int) -> float:
+    return int(in_lab(f"awk '/^VmRSS/ {{print $2}}' /proc/{pid}/status")) / 1024
+
+
 def until(what: str, check: Callable[[], bool], seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not check():
@@ -100,6 +104,24 @@ def test_many_clones_of_one_memory_are_all_different(new_sandbox: NewSandbox) ->
 
     for name, values in zip(names, zip(*found, strict=True), strict=True):
         assert len(set(values)) == len(values), f"{name} is shared: {values}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_twenty_clones_of_one_memory_at_once_all_answer_and_share_it(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    with ThreadPoolExecutor(20) as pool:
+        sandboxes = list(pool.map(lambda _: new_sandbox(), range(20)))
+        said = list(pool.map(lambda sandbox: run(sandbox, "cat /proc/sys/kernel/random/uuid"), sandboxes))
+
+    assert len(set(said)) == 20
+    pids = [machine_of(in_lab, sandbox)[1] for sandbox in sandboxes]
+    files = in_lab(f"for p in {' '.join(map(str, pids))}; do stat -Lc %i /proc/$p/root/memory; done").split()
+    assert len(files) == 20
+    assert len(set(files)) == 1
+    sums = "awk '/^Private/ {n += $2} END {print n}'"
+    private = in_lab(f"for p in {' '.join(map(str, pids))}; do {sums} /proc/$p/smaps_rollup; done")
+    total = int(run(sandboxes[0], "awk '/MemTotal/ {print $2}' /proc/meminfo"))
+    assert all(int(kib) < total / 4 for kib in private.split())
 
 
 def test_memory_and_processor_limits_hold_around_firecracker(new_sandbox: NewSandbox, in_lab: InLab) -> None:
@@ -154,6 +176,46 @@ def test_twenty_resumes_lose_no_process_no_connection_and_no_file(new_sandbox: N
             sandbox, f"echo {turn} > ~/file{turn}; cat $(ls -v ~/file*) /proc/sys/kernel/random/boot_id"
         ).split()
         assert files == [*map(str, range(turn + 1)), boot_id], turn
+
+
+@pytest.mark.slow
+def test_memory_that_the_guest_has_freed_goes_back_to_the_host(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    sandbox = new_sandbox()
+    _, pid = machine_of(in_lab, sandbox)
+    fill = "python3 -c 'print(len(bytearray(b\"x\" * 120_000_000)))'"
+
+    assert run(sandbox, fill) == "120000000"
+
+    grown = resident_mib(in_lab, pid)
+    until("the host has it back", lambda: resident_mib(in_lab, pid) < grown - 70)
+    assert run(sandbox, fill) == "120000000"
+
+
+@pytest.mark.slow
+def test_the_clock_is_right_after_an_hour_on_the_disk(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    sandbox = new_sandbox()
+    # Writes how long each of its naps of half a second really took, by the clock that nobody sets.
+    program = (
+        "import time\n"
+        "while True:\n"
+        "    began = time.monotonic(); time.sleep(0.5)\n"
+        "    print(time.monotonic() - began, flush=True)\n"
+    )
+    sandbox.files.write("/home/user/naps.py", program, request_timeout=PATIENCE)
+    sandbox.commands.run("python3 ~/naps.py > ~/naps", background=True, timeout=0, request_timeout=PATIENCE)
+    sandbox.pause(request_timeout=PATIENCE)
+    in_lab("date -s @$(($(date +%s) + 3600))")
+    try:
+        sandbox = connect(sandbox)
+        before = float(in_lab("date +%s.%N"))
+        inside = float(run(sandbox, "date +%s.%N"))
+        after = float(in_lab("date +%s.%N"))
+        naps = [float(nap) for nap in run(sandbox, "sleep 2; cat ~/naps").split()]
+    finally:
+        in_lab("date -s @$(($(date +%s) - 3600))")
+
+    assert before - 0.05 <= inside <= after + 0.05
+    assert max(naps) < 600, "time jumped for the programs inside"
 
 
 def test_a_firecracker_that_is_killed_ends_its_sandbox_and_leaves_nothing(

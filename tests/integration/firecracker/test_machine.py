@@ -16,6 +16,7 @@ from emberbox.linux import sparse
 from emberbox.runtime.base import Machine, MachineSpec, Rates, Runtime, Saved
 from emberbox.runtime.errors import MachineGone, RuntimeFailure, SavedDamaged
 from emberbox.runtime.firecracker import snapshots
+from emberbox.runtime.firecracker.errors import ApiError
 from emberbox.runtime.firecracker.jail import Jail, JailerSettings, cgroup_version
 from emberbox.runtime.firecracker.machine import MicroVM
 from emberbox.runtime.firecracker.runtime import FirecrackerRuntime
@@ -450,3 +451,17 @@ async def test_a_machine_that_is_found_again_has_its_rates(
     assert found is not None
     assert (await limiters(found))["upper"]["bandwidth"]["size"] == 5 << 20
     await found.destroy()
+
+
+async def test_a_machine_has_an_empty_balloon_also_after_a_restore(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
+) -> None:
+    saved = await saved_machine(runtime, new_spec("m1"), tmp_path / "saved")
+
+    restored = await runtime.restore(new_spec("m2"), saved)
+
+    config = (await restored._api._request("GET", "/vm/config"))["balloon"]
+    assert (config["amount_mib"], config["deflate_on_oom"]) == (0, True)
+    with pytest.raises(ApiError, match="not activated"):  # no guest lives here whose driver would
+        await restored._api.set_balloon(amount_mb=8)
+    await restored.destroy()

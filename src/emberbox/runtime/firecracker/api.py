@@ -124,12 +124,14 @@ class Firecracker:
         """Give the guest a virtio random number generator fed by the host."""
         await self._request("PUT", "/entropy", {})
 
-    async def add_balloon(self, *, amount_mb: int, deflate_on_oom: bool) -> None:
-        await self._request(
-            "PUT",
-            "/balloon",
-            {"amount_mib": amount_mb, "deflate_on_oom": deflate_on_oom, "stats_polling_interval_s": 0},
-        )
+    async def add_balloon(self, *, statistics_seconds: int) -> None:
+        """Give the guest a balloon, empty, that it may take back when it runs out of memory.
+
+        Args:
+            statistics_seconds: how often the guest says how much of its memory is free.
+        """
+        body = {"amount_mib": 0, "deflate_on_oom": True, "stats_polling_interval_s": statistics_seconds}
+        await self._request("PUT", "/balloon", body)
 
     async def start(self) -> None:
         await self._request("PUT", "/actions", {"action_type": "InstanceStart"})
@@ -150,7 +152,13 @@ class Firecracker:
         await self._request("PATCH", f"/drives/{drive_id}", {"drive_id": drive_id, "rate_limiter": limiter})
 
     async def set_balloon(self, *, amount_mb: int) -> None:
+        """Ask the guest to give up so much of its memory; it does so as fast as it can."""
         await self._request("PATCH", "/balloon", {"amount_mib": amount_mb})
+
+    async def free_memory(self) -> int | None:
+        """Bytes that the guest's kernel has free, when it last said; None before it did."""
+        free = (await self._request("GET", "/balloon/statistics")).get("free_memory")
+        return None if free is None else int(free)
 
     # ---- snapshots ----
 

@@ -18,6 +18,7 @@ from emberbox.runtime.base import MIB, Limits, MachineSpec, Rates, Saved, Stats
 from emberbox.runtime.errors import MachineGone, NotSupported, RuntimeFailure
 from emberbox.runtime.firecracker import snapshots, working_set
 from emberbox.runtime.firecracker.api import Firecracker, RateLimit
+from emberbox.runtime.firecracker.balloon import Balloon
 from emberbox.runtime.firecracker.chain import Chain, link_whole
 from emberbox.runtime.firecracker.errors import ApiError, ApiUnreachable
 from emberbox.runtime.firecracker.jail import OUT, Jail, cgroup_version
@@ -66,6 +67,7 @@ class MicroVM:
         self._trusted = trusted
         self._paused = paused
         self._after_save = after_save
+        self._balloon = Balloon(api, spec.machine_id, lambda: _resident(identity.pid))
         self._note_into = note_into
         self._noting: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
@@ -127,9 +129,13 @@ class MicroVM:
             return await self._save_disk(into)
 
     async def stats(self) -> Stats:
-        return await asyncio.to_thread(self._read_stats)
+        stats = await asyncio.to_thread(self._read_stats)
+        if not self._paused:
+            self._balloon.consider(stats.memory_used, stats.memory_total)
+        return stats
 
     async def destroy(self) -> None:
+        await self._balloon.close()
         for task in (self._shortening, self._noting):
             if task is not None:
                 task.cancel()
@@ -140,6 +146,7 @@ class MicroVM:
     # ---- state ----
 
     async def _pause(self) -> None:
+        await self._balloon.let_go()
         await self._ask(self._api.pause())
         self._paused = True
 

@@ -18,7 +18,7 @@ import structlog
 from emberbox.linux import processes
 from emberbox.runtime.base import Capabilities, MachineSpec, Saved
 from emberbox.runtime.errors import RuntimeFailure, SavedDamaged
-from emberbox.runtime.firecracker import guest, jail, snapshots, working_set
+from emberbox.runtime.firecracker import balloon, guest, jail, snapshots, working_set
 from emberbox.runtime.firecracker.api import Deadlines, Drive, Firecracker, NetworkInterface
 from emberbox.runtime.firecracker.chain import Chain
 from emberbox.runtime.firecracker.errors import ApiError, ApiUnreachable, FirecrackerError, JailerError
@@ -89,6 +89,7 @@ class FirecrackerRuntime:
             await api.add_drive(Drive(UPPER, f"/{_UPPER}", False, bandwidth, operations))
             await api.add_network(NetworkInterface("eth0", _tap(spec), guest.GUEST_MAC))
             await api.add_entropy()
+            await api.add_balloon(statistics_seconds=balloon.STATISTICS_SECONDS)
             chain = self._chain(spec)
             await asyncio.to_thread(chain.begin)
             await api.start()

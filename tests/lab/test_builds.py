@@ -1,0 +1,150 @@
+"""Templates built inside microVMs, and what their saved memory brings along."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from e2b import Sandbox, Template, wait_for_port
+from e2b_code_interpreter import Sandbox as Interpreter
+
+TREE = Path(__file__).resolve().parents[2]
+INTERPRETER = TREE / "templates" / "code-interpreter-v1"
+SERVER = ("fastapi", "uvicorn", "jupyter_client", "ipykernel")
+"""Of the template's packages those that its server and its Python kernel cannot do without."""
+PATIENCE = 450.0
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """A name for a template, which is deleted afterwards."""
+    chosen = f"lab-{uuid.uuid4().hex[:12]}"
+    yield chosen
+    # The SDK has no call for it.
+    from tests.clients.support.instance import from_environment
+    from tests.clients.support.raw import Api
+
+    emberbox = from_environment()
+    assert emberbox is not None
+    with Api(emberbox) as api:
+        assert api.delete(f"/templates/{chosen}", timeout=PATIENCE).status_code in (204, 404)
+
+
+@pytest.fixture
+def start(name: str) -> Iterator[Callable[[], Sandbox]]:
+    """Start sandboxes from the template, which end with the test."""
+    made: list[Sandbox] = []
+
+    def create() -> Sandbox:
+        made.append(Sandbox.create(name, timeout=1800, request_timeout=PATIENCE))
+        return made[-1]
+
+    yield create
+    for sandbox in made:
+        sandbox.kill(request_timeout=PATIENCE)
+
+
+def run(sandbox: Sandbox, command: str) -> str:
+    return sandbox.commands.run(command, timeout=PATIENCE, request_timeout=PATIENCE).stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_build_copies_runs_and_keeps_its_start_command_in_memory(
+    name: str, start: Callable[[], Sandbox], tmp_path: Path
+) -> None:
+    (tmp_path / "server.py").write_text(
+        "import http.server, time\n"
+        "began = str(time.time()).encode()\n"
+        "class Answer(http.server.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self):\n"
+        "        self.send_response(200); self.end_headers(); self.wfile.write(began)\n"
+        "http.server.HTTPServer(('127.0.0.1', 8123), Answer).serve_forever()\n"
+    )
+    template = (
+        Template(file_context_path=tmp_path)
+        .from_template("base")
+        .copy("server.py", "/opt/server.py", user="root", mode=0o644)
+        .set_envs({"COLOUR": "blue"})
+        .run_cmd("echo $COLOUR > ~/colour; id -un > ~/who")
+        .set_start_cmd("python3 /opt/server.py", wait_for_port(8123))
+    )
+    lines: list[str] = []
+
+    Template.build(
+        template, name, cpu_count=1, memory_mb=256, on_build_logs=lambda line: lines.append(str(line.message))
+    )
+    built = time.time()
+    one, two = start(), start()
+
+    assert run(one, "cat ~/colour ~/who").splitlines() == ["blue", "user"]
+    began = [float(run(sandbox, "curl -s http://127.0.0.1:8123/")) for sandbox in (one, two)]
+    assert began[0] == began[1], "each sandbox started the server anew: it is not in the memory"
+    assert began[0] < built
+    listed = [each.cmd + " ".join(each.args) for each in one.commands.list(request_timeout=PATIENCE)]
+    assert any("/opt/server.py" in command for command in listed), listed
+    assert lines
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_the_code_interpreter_waits_in_the_memory_of_its_template(name: str, tmp_path: Path) -> None:
+    """With the server and the Python kernel that ship, and not the data tools: installing those takes an hour here."""
+    for part in ("kernel", "server"):
+        subprocess.run(["cp", "-r", str(INTERPRETER / part), str(tmp_path / part)], check=True)
+    (tmp_path / "share" / "kernels").mkdir(parents=True)
+    subprocess.run(
+        ["cp", "-r", str(INTERPRETER / "share/kernels/ipython"), str(tmp_path / "share/kernels")], check=True
+    )
+    for file in ("profile.sh", "start.sh"):
+        subprocess.run(["cp", str(INTERPRETER / file), str(tmp_path / file)], check=True)
+    wheels = tmp_path / "wheels"
+    packages = ["--only-binary=:all:", "--python-version=3.11", "-c", str(_versions(tmp_path)), *SERVER]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "-q", "-d", str(wheels), *packages], check=True, timeout=600
+    )
+    setup = (
+        "set -e; python3 -m venv /opt/interpreter/venv; cd /opt/interpreter;"
+        f" venv/bin/pip install -q --no-index --find-links /opt/wheels {' '.join(SERVER)};"
+        " site=$(echo venv/lib/python3*/site-packages);"
+        " printf '/opt/interpreter/server\\n/opt/interpreter/kernel\\n' > $site/interpreter.pth;"
+        " chown -R user:user venv"
+    )
+    template = Template(file_context_path=tmp_path).from_template("base").copy("wheels", "/opt/wheels", user="root")
+    template = template.run_cmd(setup, user="root").copy("profile.sh", "/etc/profile.d/interpreter.sh", user="root")
+    for part in ("share", "kernel", "server", "start.sh"):
+        template = template.copy(part, f"/opt/interpreter/{part}", user="root")
+    Template.build(
+        template.set_start_cmd("/opt/interpreter/start.sh", "curl -sf http://localhost:49999/health"),
+        name,
+        cpu_count=1,
+        memory_mb=512,
+    )
+
+    began = time.monotonic()
+    sandbox = Interpreter.create(name, timeout=1800, request_timeout=PATIENCE)
+    try:
+        first = sandbox.run_code("x = 20; x + 1", timeout=PATIENCE, request_timeout=PATIENCE)
+        seconds = time.monotonic() - began
+        second = sandbox.run_code("x + 2", timeout=PATIENCE, request_timeout=PATIENCE)
+        ages = run(sandbox, "ps -eo etimes,args | grep [i]pykernel || ps -eo etimes,args | grep [i]nterpreter")
+    finally:
+        sandbox.kill(request_timeout=PATIENCE)
+
+    assert (first.text, second.text) == ("21", "22")
+    # A kernel alone takes longer than that to start here: it came with the memory.
+    oldest = max(int(line.split()[0]) for line in ages.splitlines())
+    assert oldest > seconds, ages
+
+
+def _versions(folder: Path) -> Path:
+    """The template's pinned versions, without hashes: pip takes no constraints with them."""
+    pinned = (INTERPRETER / "requirements.txt").read_text().splitlines()
+    file = folder / "versions.txt"
+    file.write_text("\n".join(line.split()[0] for line in pinned if "==" in line and not line.startswith(" ")))
+    return file
