@@ -172,7 +172,7 @@ class Machines:
             before: count only those that were asked for earlier than this one.
         """
         while await asyncio.to_thread(available_memory) < _MEMORY_RESERVE:
-            if not await self.pool.make_room():
+            if not await self.pool.make_room() and not await self._one_has_left():
                 raise NodeFull("this node has less than 256 MiB of memory available; kill some sandboxes or add a node")
         earlier = takewhile(lambda sandbox: sandbox is not before, self.sandboxes.values())
         living = sum(1 for sandbox in earlier if sandbox.record is None or sandbox.hosted is not None)
@@ -251,8 +251,15 @@ class Machines:
             try:
                 return await start()
             except NodeFull:
-                if not await self.pool.make_room():
+                if not await self.pool.make_room() and not await self._one_has_left():
                     raise
+
+    async def _one_has_left(self) -> bool:
+        """Wait until a machine that a pause left has ended; False when there is none. Each counts once."""
+        leaving = {task for sandbox in self.sandboxes.values() if (task := sandbox.leaving) and not task.done()}
+        if leaving:
+            await asyncio.wait(leaving, return_when=asyncio.FIRST_COMPLETED)
+        return bool(leaving)
 
     async def _introduce(self, hosted: Hosted, record: SandboxRecord) -> Hosted:
         """Tell a machine which sandbox it is. One restored from memory that others share gets a secret of its own."""
@@ -525,3 +532,4 @@ class Machines:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CLOSE_SECONDS), sandbox.lock:
                     pass
+        await self.tasks.close()  # what those began

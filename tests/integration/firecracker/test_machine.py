@@ -151,6 +151,28 @@ async def test_a_saved_machine_is_restored_and_saves_only_changes_from_then_on(
     await machine.destroy()
 
 
+async def test_what_is_saved_after_a_save_that_failed_is_the_machines_own_memory(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
+) -> None:
+    template = await saved_machine(runtime, new_spec("m1"), tmp_path / "template")
+    machine = await runtime.restore(new_spec("m2"), template)
+    machine._chain.mark_unsure()  # as a save leaves it that failed
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+
+    await machine.save(tmp_path / "one", memory=True)
+    last = await machine.save(tmp_path / "two", memory=True)
+    await machine.destroy()
+
+    manifest = snapshots.read_manifest(last.directory)
+    snapshots.verify(last.directory, manifest, snapshots.Trusted("another boot"))
+    base = [(folder / "memory.0").stat().st_ino for folder in (tmp_path / "one", last.directory, template.directory)]
+    assert base[0] == base[1] != base[2]
+    restored = await runtime.restore(new_spec("m3"), last)
+    assert await restored.alive()
+    await restored.destroy()
+
+
 async def test_a_machine_that_ends_leaves_its_disk_instead_of_a_copy(
     runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
 ) -> None:

@@ -24,6 +24,8 @@ class Guest:
         self.resident = 800 * MIB
         self.asked: list[int] = []
         self.fails: Exception | None = None
+        self.slow: asyncio.Event | None = None
+        self.emptied = 0
 
     async def free_memory(self) -> int | None:
         if self.fails is not None:
@@ -32,7 +34,11 @@ class Guest:
 
     async def set_balloon(self, *, amount_mb: int) -> None:
         self.asked.append(amount_mb)
-        if amount_mb:
+        if not amount_mb:
+            if self.slow is not None:
+                await self.slow.wait()
+            self.emptied += 1
+        else:
             self.resident = min(self.resident, TOTAL - amount_mb * MIB)
 
 
@@ -81,14 +87,45 @@ async def test_a_machine_that_is_paused_meanwhile_is_not_saved_with_a_full_ballo
     while not guest.asked:
         await asyncio.sleep(0)
 
-    await tested.let_go()
+    await tested.hold()
 
     assert guest.asked == [876, 0]
+    tested.consider(guest.resident, TOTAL)
+    assert tested._task is None
+    guest.resident = 800 * MIB
+    monkeypatch.setattr(balloon, "_LOOK_SECONDS", 0.01)
+    tested.release()
+    await considered(tested, guest)
+    assert guest.asked == [876, 0, 876, 0]
 
 
-async def test_a_machine_without_a_balloon_is_not_asked_again_soon() -> None:
+async def test_nobody_who_is_cancelled_leaves_the_balloon_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(balloon, "_LOOK_SECONDS", 60.0)
     guest = Guest(free=900 * MIB)
-    guest.fails = ApiError("GET", "/balloon/statistics", 400, "no such device")
+    guest.slow = asyncio.Event()
+    tested = balloon_of(guest)
+    tested.consider(guest.resident, TOTAL)
+    while not guest.asked:
+        await asyncio.sleep(0)
+    first = asyncio.create_task(tested.hold())
+    await asyncio.sleep(0.01)  # it is being emptied now, slowly
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    second = asyncio.create_task(tested.hold())
+    await asyncio.sleep(0.01)
+    assert not second.done()
+
+    guest.slow.set()
+    await second
+
+    assert guest.emptied == 1
+
+
+@pytest.mark.parametrize("error", [ApiError("GET", "/balloon/statistics", 400, "no device"), ApiUnreachable("busy")])
+async def test_a_balloon_that_cannot_be_asked_is_not_asked_again_soon(error: Exception) -> None:
+    guest = Guest(free=900 * MIB)
+    guest.fails = error
     tested = balloon_of(guest)
     await considered(tested, guest)
     guest.fails = None
@@ -96,18 +133,6 @@ async def test_a_machine_without_a_balloon_is_not_asked_again_soon() -> None:
     await considered(tested, guest)
 
     assert guest.asked == []
-
-
-async def test_one_that_did_not_answer_is_asked_again() -> None:
-    guest = Guest(free=900 * MIB)
-    guest.fails = ApiUnreachable("busy")
-    tested = balloon_of(guest)
-    await considered(tested, guest)
-    guest.fails = None
-
-    await considered(tested, guest)
-
-    assert guest.asked == [876, 0]
 
 
 async def test_little_memory_is_not_looked_at() -> None:

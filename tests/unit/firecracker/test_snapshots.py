@@ -270,11 +270,41 @@ def test_what_was_checked_counts_for_the_next_process_until_the_host_boots_again
 
     Trusted("boot 1").add_whole(path, held)
 
-    assert path in Trusted("boot 1")
     assert Trusted("boot 1").held(path) == held
-    assert path not in Trusted("boot 2")
+    assert Trusted("boot 2").held(path) == ()
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
-    assert path not in Trusted("boot 1")
+    assert Trusted("boot 1").held(path) == ()
+
+
+def test_a_file_is_trusted_for_the_checksum_that_it_had_and_for_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "memory.0"
+    path.write_bytes(b"x")
+
+    Trusted("boot").add(path, "crc32:1:a")
+
+    assert Trusted("boot").has(path, "crc32:1:a")
+    assert not Trusted("boot").has(path, "crc32:1:b")
+    trusted = Trusted("boot")
+    trusted.forget(path)
+    assert not trusted.has(path, "crc32:1:a")
+    assert not Trusted("boot").has(path, "crc32:1:a")
+
+
+def test_a_whole_save_after_one_that_failed_takes_the_place_of_a_piece_of_its_name(tmp_path: Path) -> None:
+    template, saved = tmp_path / "template", tmp_path / "saved"
+    for folder, content in ((template, b"template"), (saved, b"sandbox!")):
+        folder.mkdir()
+        (folder / "memory.0").write_bytes(content)
+    old, new = (Piece("memory.0", sparse.checksum(folder / "memory.0")) for folder in (template, saved))
+    chain = Chain(tmp_path / "chain")
+    chain.begin((old,), template)
+    chain.mark_unsure()
+
+    chain.replace((new,), saved)
+
+    assert chain.pieces == (new,)
+    assert chain.path(new).read_bytes() == b"sandbox!"
+    assert (template / "memory.0").read_bytes() == b"template"
 
 
 def test_a_note_of_trust_that_cannot_be_read_is_no_trust(tmp_path: Path) -> None:
@@ -282,4 +312,4 @@ def test_a_note_of_trust_that_cannot_be_read_is_no_trust(tmp_path: Path) -> None
     path.write_bytes(b"x")
     for broken in (b"", b"{", b"[]", b'{"boot": "b"}'):
         os.setxattr(path, "user.emberbox.trusted", broken)
-        assert path not in Trusted("b")
+        assert Trusted("b").held(path) == ()

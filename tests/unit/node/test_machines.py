@@ -514,6 +514,23 @@ async def test_a_host_without_memory_takes_no_more(make_world: Any, monkeypatch:
     assert world.node.machines.find("s1").status().state is State.RUNNING
 
 
+async def test_memory_that_a_pause_is_giving_back_is_waited_for(
+    make_world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = await make_world(memory=True)
+    await world.create("s1")
+    before = world.runtime.of(world.node, "s1")
+    monkeypatch.setattr(
+        "emberbox.node.machines.available_memory", lambda: (1 << 40) if before.destroyed else (100 << 20)
+    )
+
+    await world.node.machines.pause("s1", memory=True)
+    await world.create("s2")
+
+    assert before.destroyed
+    assert world.node.machines.find("s2").status().state is State.RUNNING
+
+
 def slow_records(world: Any, monkeypatch: pytest.MonkeyPatch, reached: asyncio.Event | None = None) -> Any:
     """Make every write of a record take long enough for others to overtake it; `reached` tells of the first."""
     records = world.node.machines.records

@@ -25,7 +25,7 @@ STATISTICS_SECONDS = 30
 """How often a guest says what it has free. Each time wakes it for some microseconds."""
 _WORTH = 48 * MIB
 _LEFT = 24 * MIB
-"""Free pages that the guest keeps, so that what it does meanwhile need not wait."""
+"""Of the free pages that the guest last told of, so many are left alone; what it needs beyond, it takes back."""
 _PAUSE_SECONDS, _LONG_PAUSE_SECONDS = 60.0, 600.0
 _LOOKS, _LOOK_SECONDS = 20, 0.25
 
@@ -42,25 +42,40 @@ class Balloon:
         self._machine_id = machine_id
         self._resident = resident
         self._not_before = time.monotonic() + _PAUSE_SECONDS
+        self._held = False
         self._task: asyncio.Task[None] | None = None
+        self._emptying: asyncio.Task[None] | None = None
 
     def consider(self, resident: int, total: int) -> None:
         """Look, in the background, whether it is worth it. Cheap; called with each reading of the machine."""
-        if self._task is None and resident >= _WORTH and time.monotonic() >= self._not_before:
-            self._not_before = time.monotonic() + _PAUSE_SECONDS
-            self._task = asyncio.create_task(self._squeeze(total), name=f"balloon {self._machine_id}")
-            self._task.add_done_callback(self._done)
+        if self._held or self._task is not None or resident < _WORTH or time.monotonic() < self._not_before:
+            return
+        self._not_before = time.monotonic() + _PAUSE_SECONDS
+        self._task = asyncio.create_task(self._squeeze(total), name=f"balloon {self._machine_id}")
+        self._task.add_done_callback(self._done)
 
-    async def let_go(self) -> None:
-        """End what is under way: the machine is about to be paused, and must not be saved with a full balloon."""
-        task = self._task
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+    async def hold(self) -> None:
+        """End what is under way and begin nothing more: the machine is about to be paused or ended.
 
-    async def close(self) -> None:
-        """The machine ends."""
-        await self.let_go()
+        Returns when the balloon has been told to be empty. A caller that is cancelled meanwhile cancels only its wait.
+        """
+        self._held = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+        if self._emptying is not None:
+            await asyncio.wait({self._emptying})
+
+    def release(self) -> None:
+        """The machine runs again."""
+        self._held = False
+
+    async def empty(self) -> None:
+        """Tell the guest that it may have all of its memory, whoever squeezed it; a failure is only logged."""
+        try:
+            await self._api.set_balloon(amount_mb=0)
+        except (ApiError, ApiUnreachable) as error:
+            log.debug("microvm.balloon_failed", machine_id=self._machine_id, reason=str(error))
 
     async def _squeeze(self, total: int) -> None:
         try:
@@ -72,12 +87,11 @@ class Balloon:
                 await self._api.set_balloon(amount_mb=max(0, free - _LEFT) // MIB)
                 await self._until_it_rests()
             finally:
-                await self._api.set_balloon(amount_mb=0)
-        except ApiError as error:  # the guest's driver is not up, or was not there when the machine was saved
+                # A task of its own: whoever cancels this one must not cancel that.
+                self._emptying = asyncio.create_task(self.empty(), name=f"empty balloon {self._machine_id}")
+                await asyncio.shield(self._emptying)
+        except (ApiError, ApiUnreachable) as error:  # the guest's driver is not up, or was not there at the save
             self._not_before = time.monotonic() + _LONG_PAUSE_SECONDS
-            log.debug("microvm.no_balloon", machine_id=self._machine_id, reason=str(error))
-            return
-        except ApiUnreachable as error:
             log.debug("microvm.balloon_failed", machine_id=self._machine_id, reason=str(error))
             return
         given = before - self._resident()

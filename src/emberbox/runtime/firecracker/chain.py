@@ -62,10 +62,12 @@ class Chain:
         (self._folder / _UNSURE).touch()
 
     def replace(self, pieces: tuple[Piece, ...], source: Path) -> None:
-        """Make `pieces` the chain, linking those that are new from `source`; drops what is no longer named."""
+        """Make `pieces` the chain, linking those that are new from `source`; drops what is no longer named.
+
+        A whole save after one that failed has names of the old chain again, for other files: those are linked anew.
+        """
         for piece in pieces:
-            if not self.path(piece).exists():
-                os.link(source / piece.name, self.path(piece))
+            self._link(source / piece.name, self.path(piece))
         self._write(pieces)
         (self._folder / _UNSURE).unlink(missing_ok=True)
         kept = {_LIST, WHOLE, *(piece.name for piece in pieces)}
@@ -89,6 +91,15 @@ class Chain:
             self.replace(after, self._merged)
         shutil.rmtree(self._merged, ignore_errors=True)
         return after
+
+    @staticmethod
+    def _link(source: Path, target: Path) -> None:
+        if target.exists() and (not source.exists() or target.samefile(source)):
+            return
+        work = target.with_name(f"{target.name}.new")
+        work.unlink(missing_ok=True)
+        os.link(source, work)
+        work.rename(target)
 
     @property
     def _merged(self) -> Path:

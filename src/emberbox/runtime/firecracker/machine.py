@@ -135,7 +135,7 @@ class MicroVM:
         return stats
 
     async def destroy(self) -> None:
-        await self._balloon.close()
+        await self._balloon.hold()
         for task in (self._shortening, self._noting):
             if task is not None:
                 task.cancel()
@@ -143,16 +143,25 @@ class MicroVM:
         async with self._changing:
             await asyncio.to_thread(self._end)
 
+    async def settle(self) -> None:
+        """Undo what a node process that ended in the middle may have left in a machine that runs."""
+        await self._balloon.empty()
+
     # ---- state ----
 
     async def _pause(self) -> None:
-        await self._balloon.let_go()
-        await self._ask(self._api.pause())
+        try:
+            await self._balloon.hold()
+            await self._ask(self._api.pause())
+        except BaseException:
+            self._balloon.release()
+            raise
         self._paused = True
 
     async def _resume(self) -> None:
         await self._ask(self._api.resume())
         self._paused = False
+        self._balloon.release()
 
     async def _ask(self, request: Any) -> None:
         """Await an API request; a machine that has ended is told apart from one that does not answer."""
@@ -192,7 +201,7 @@ class MicroVM:
                 )
             )
             written = time.perf_counter()
-            await asyncio.to_thread(self._keep_disk, into / snapshots.UPPER, final=final)
+            await to_thread_whole(self._keep_disk, into / snapshots.UPPER, final=final)
         except OSError as error:
             self._discard(name)
             raise RuntimeFailure(f"the machine's disk could not be copied: {error.strerror}") from error
@@ -206,7 +215,7 @@ class MicroVM:
             if was_running and processes.is_alive(self._identity):
                 await self._resume()
         still = time.perf_counter() - began
-        await asyncio.to_thread(self._finish, into, below, name)
+        await to_thread_whole(self._finish, into, below, name)
         log.info(
             "microvm.saved",
             machine_id=self.spec.machine_id,

@@ -144,6 +144,7 @@ class FirecrackerRuntime:
             await asyncio.to_thread(_end, identity, cell)
             return None
         machine = self._machine(spec, cell, identity, api, self._chain(spec), paused=state == "Paused")
+        await machine.settle()
         if spec.limits.rates.limit_disk:  # the last node may have ended in a flush, for which they are lifted
             try:
                 await machine.set_rates(spec.limits.rates)
@@ -169,7 +170,7 @@ class FirecrackerRuntime:
         """Trust what was just written, and lay its pieces over each other in the background."""
         manifest = await asyncio.to_thread(snapshots.read_manifest, saved.directory)
         for piece in manifest.pieces:
-            self._trusted.add(saved.directory / piece.name)
+            self._trusted.add(saved.directory / piece.name, piece.checksum)
         if len(manifest.pieces) > 1:
             task = asyncio.create_task(self._merge(saved.directory), name=f"merge {saved.directory.name}")
             self._merging.add(task)

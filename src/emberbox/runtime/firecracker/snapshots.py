@@ -82,6 +82,14 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """What is known of a file: the checksum that it was found to have, or the pieces that it holds."""
+
+    checksum: str = ""
+    pieces: tuple[Piece, ...] = ()
+
+
 class Trusted:
     """Files whose contents this host's boot has checked or made, as long as nobody writes to them.
 
@@ -94,24 +102,20 @@ class Trusted:
 
     def __init__(self, boot_id: str | None = None) -> None:
         self._boot_id = boot_id or Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        self._known: dict[tuple[int, int, int], tuple[Piece, ...]] = {}
+        self._known: dict[tuple[int, int, int], _Note] = {}
 
-    def add(self, path: Path) -> None:
-        """The file holds what its checksum says."""
-        self.add_whole(path, ())
+    def add(self, path: Path, checksum: str) -> None:
+        """The file has this checksum."""
+        self._add(path, _Note(checksum=checksum))
 
-    def __contains__(self, path: Path) -> bool:
-        return self._find(path) is not None
+    def has(self, path: Path, checksum: str) -> bool:
+        """Whether the file is known to have this checksum."""
+        note = self._find(path)
+        return note is not None and note.checksum == checksum
 
     def add_whole(self, path: Path, pieces: tuple[Piece, ...]) -> None:
         """The file holds all of `pieces`."""
-        mark = _mark(path)
-        if mark is None:
-            return
-        self._remember(mark, pieces)
-        note = {"boot": self._boot_id, "modified": mark[2], "pieces": [asdict(piece) for piece in pieces]}
-        with contextlib.suppress(OSError):
-            os.setxattr(path, _NOTE, json.dumps(note).encode())
+        self._add(path, _Note(pieces=pieces))
 
     def rename_held(self, before: tuple[Piece, ...], after: tuple[Piece, ...], path: Path) -> None:
         """The pieces `before` that the file holds are now called `after`."""
@@ -120,9 +124,27 @@ class Trusted:
 
     def held(self, path: Path) -> tuple[Piece, ...]:
         """Return the pieces that the file `WHOLE` holds; none when that is not known, or somebody changed it."""
-        return self._find(path) or ()
+        note = self._find(path)
+        return () if note is None else note.pieces
 
-    def _find(self, path: Path) -> tuple[Piece, ...] | None:
+    def forget(self, path: Path) -> None:
+        """The file is about to be changed. Its time of change alone would tell too, where clocks are fine enough."""
+        mark = _mark(path)
+        if mark is not None:
+            self._known.pop(mark, None)
+        with contextlib.suppress(OSError):
+            os.removexattr(path, _NOTE)
+
+    def _add(self, path: Path, note: _Note) -> None:
+        mark = _mark(path)
+        if mark is None:
+            return
+        self._remember(mark, note)
+        text = json.dumps({"boot": self._boot_id, "modified": mark[2], **asdict(note)})
+        with contextlib.suppress(OSError):
+            os.setxattr(path, _NOTE, text.encode())
+
+    def _find(self, path: Path) -> _Note | None:
         mark = _mark(path)
         if mark is None:
             return None
@@ -130,19 +152,19 @@ class Trusted:
             self._remember(mark, noted)
         return self._known.get(mark)
 
-    def _noted(self, path: Path, modified: int) -> tuple[Piece, ...] | None:
+    def _noted(self, path: Path, modified: int) -> _Note | None:
         try:
             note = json.loads(os.getxattr(path, _NOTE))
             if (note["boot"], note["modified"]) != (self._boot_id, modified):
                 return None
-            return tuple(Piece(**piece) for piece in note["pieces"])
+            return _Note(str(note["checksum"]), tuple(Piece(**piece) for piece in note["pieces"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _remember(self, mark: tuple[int, int, int], pieces: tuple[Piece, ...]) -> None:
+    def _remember(self, mark: tuple[int, int, int], note: _Note) -> None:
         if len(self._known) >= self._MOST:
             self._known.clear()
-        self._known[mark] = pieces
+        self._known[mark] = note
 
 
 def verify(folder: Path, manifest: Manifest, trusted: Trusted) -> None:
@@ -154,9 +176,9 @@ def verify(folder: Path, manifest: Manifest, trusted: Trusted) -> None:
     _verify_file(folder / STATE, manifest.state_checksum)
     for piece in manifest.pieces:
         path = folder / piece.name
-        if path not in trusted:
+        if not trusted.has(path, piece.checksum):
             _verify_file(path, piece.checksum)
-            trusted.add(path)
+            trusted.add(path, piece.checksum)
     if not (folder / UPPER).exists():
         raise SavedDamaged("the saved machine is incomplete: its disk is missing")
 
@@ -175,7 +197,9 @@ def make_whole(folder: Path, pieces: tuple[Piece, ...], trusted: Trusted) -> Pat
         return path
     own = bool(held) and held == pieces[: len(held)] and path.stat().st_nlink == 1
     try:
-        if not own:
+        if own:
+            trusted.forget(path)
+        else:
             path.unlink(missing_ok=True)
             sparse.clone(folder / pieces[0].name, path, mode=0o444)
         for piece in pieces[len(held) if own else 1 :]:
