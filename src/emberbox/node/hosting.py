@@ -219,7 +219,6 @@ class Hosting:
         hosted = Hosted(machine, spec, secret, self.agent(machine, machine_id, secret))
         await self._until_healthy(hosted)
         laps.lap("agent")
-        machine.answered()
         log.debug("machine.started", machine_id=machine_id, **laps.taken)
         undo.pop_all()
         return hosted

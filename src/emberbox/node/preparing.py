@@ -83,7 +83,9 @@ class Preparing:
             key = PoolKey.of(image, limits)
             if (found := await asyncio.to_thread(self._find, key)) is not None:
                 try:
-                    return await self._start(Origin(image.layers, found[0], found[1]), limits, network)
+                    hosted = await self._start(Origin(image.layers, found[0], found[1]), limits, network)
+                    hosted.machine.answered()
+                    return hosted
                 except SavedDamaged as error:
                     log.error("template_memory.damaged", build_id=image.build_id, error=str(error))
                     await asyncio.to_thread(shutil.rmtree, self._directory / str(key), ignore_errors=True)

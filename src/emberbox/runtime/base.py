@@ -130,7 +130,10 @@ class Machine(Protocol):
         ...
 
     def answered(self) -> None:
-        """Tell once that the agent answered for the first time: what was touched until now is what a start needs."""
+        """Tell a machine restored from a template's memory that its agent has answered.
+
+        What it touched until now is what every start from that memory needs.
+        """
         ...
 
     async def set_limits(self, limits: Limits) -> None: ...

@@ -107,6 +107,7 @@ class FakeMachine:
         self.reason = ""
         self.destroyed = False
         self.refuse_destroy = False
+        self.has_answered = False
         self._runtime = runtime
 
     def record(self) -> dict[str, Any]:

@@ -437,6 +437,20 @@ async def test_a_template_with_memory_is_started_once_and_then_restored(make_wor
     assert world.runtime.of(world.node, "s2").agent.inits[-1]["controlHash"]
 
 
+async def test_only_a_restore_of_a_template_tells_what_a_start_needs(make_world: Any) -> None:
+    world = await make_world(memory=True)
+    await world.create("s1")
+    await until(lambda: list((world.node.directory / "memories").glob("*/meta.json")))
+    started = world.runtime.of(world.node, "s1")
+    await world.create("s2")
+    restored = world.runtime.of(world.node, "s2")
+    await world.node.machines.pause("s2", memory=True)
+    await world.node.machines.resume("s2", deadline_ms=later(60_000), on_timeout=None, discard_memory=False)
+    resumed = world.runtime.of(world.node, "s2")
+
+    assert [machine.has_answered for machine in (started, restored, resumed)] == [False, True, False]
+
+
 async def test_a_snapshot_starts_others_and_leaves_its_source_running(make_world: Any, any_runtime: Any) -> None:
     world = await make_world(runtime=any_runtime)
     await world.create("s1", env_vars={"A": "1"})
