@@ -86,8 +86,12 @@ test: install-dev ## Install what is missing and run every test that this machin
 .PHONY: test-all
 test-all: test ## The tests, the version matrix and the lab
 	$(MAKE) compat
+	$(MAKE) test-lab
+
+.PHONY: test-lab
+test-lab: install-dev ## Boot the lab, run its tests, end it; takes an hour
 	$(MAKE) lab
-	$(PYTHON) -m pytest -m lab tests/lab $(ARGS)
+	$(PYTHON) -m pytest -m lab tests/lab $(ARGS); status=$$?; $(PYTHON) tests/lab/lab.py down; exit $$status
 
 .PHONY: compat
 compat: install-dev ## Run the client suites against several releases of the SDKs; writes docs/compatibility.md
