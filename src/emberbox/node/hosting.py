@@ -71,9 +71,9 @@ class Hosted:
             AgentFailure, RuntimeFailure: it was not flushed; the machine goes on as before.
         """
         limited = self.spec.limits.rates.limit_disk
-        if limited:
-            await self.machine.set_rates(Rates())
         try:
+            if limited:
+                await finish(self.machine.set_rates(Rates()))  # to its end: it must not come after what undoes it
             await self.agent.freeze_files()
         except BaseException:
             if limited:

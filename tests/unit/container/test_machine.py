@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -27,6 +29,44 @@ def cgroup(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     return made
 
 
+class SlowCgroup(CgroupV2):
+    """In a folder with the files that matter here. Lifting the rates takes until `may_lift`."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.lifting, self.may_lift = threading.Event(), threading.Event()
+        self._folder.mkdir(parents=True)
+        (self._folder / "io.max").touch()
+        (self._folder / "cgroup.freeze").write_text("0")
+        (self._folder / "cgroup.events").write_text("frozen 0\n")
+
+    def set_rates(self, rates: Rates, disk: int) -> None:
+        if not rates.limit_disk:
+            self.lifting.set()
+            assert self.may_lift.wait(10)
+        super().set_rates(rates, disk)
+
+    @property
+    def is_limited(self) -> bool:
+        return f"rbps={5 << 20} " in (self._folder / "io.max").read_text()
+
+    @property
+    def is_asked_to_freeze(self) -> bool:
+        return (self._folder / "cgroup.freeze").read_text() == "1"
+
+
+@pytest.fixture
+def slow_cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SlowCgroup:
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path / "cgroup")
+    return SlowCgroup("/eb1/m1")
+
+
+def this_process() -> ProcessId:
+    found = processes.identify(os.getpid())
+    assert found is not None
+    return found
+
+
 def container(tmp_path: Path, cgroup: Cgroup, process: ProcessId) -> Container:
     root = Root(tmp_path / "m1")
     root.upper.mkdir(parents=True)
@@ -37,11 +77,8 @@ def container(tmp_path: Path, cgroup: Cgroup, process: ProcessId) -> Container:
 
 
 async def test_a_host_that_cannot_limit_disks_says_so(tmp_path: Path, cgroup: Cgroup) -> None:
-    alive = processes.identify(os.getpid())
-    assert alive is not None
-
     with pytest.raises(RuntimeFailure, match="control groups lack the controller"):
-        await container(tmp_path, cgroup, alive).set_rates(Rates(disk_mb_per_second=5))
+        await container(tmp_path, cgroup, this_process()).set_rates(Rates(disk_mb_per_second=5))
 
 
 async def test_a_machine_that_is_gone_is_told_apart_from_that(tmp_path: Path, cgroup: Cgroup) -> None:
@@ -49,3 +86,33 @@ async def test_a_machine_that_is_gone_is_told_apart_from_that(tmp_path: Path, cg
 
     with pytest.raises(MachineGone):
         await container(tmp_path, cgroup, ended).set_rates(Rates(disk_mb_per_second=5))
+
+
+async def test_a_pause_cancelled_while_the_rates_are_lifted_sets_them_again(
+    tmp_path: Path, slow_cgroup: SlowCgroup
+) -> None:
+    pause = asyncio.create_task(container(tmp_path, slow_cgroup, this_process()).pause())
+    assert await asyncio.to_thread(slow_cgroup.lifting.wait, 10)
+
+    pause.cancel()
+    await asyncio.sleep(0)
+    slow_cgroup.may_lift.set()
+    await asyncio.gather(pause, return_exceptions=True)
+
+    assert pause.cancelled()
+    assert slow_cgroup.is_limited
+
+
+async def test_a_pause_cancelled_while_processes_stop_lets_them_go_on(tmp_path: Path, slow_cgroup: SlowCgroup) -> None:
+    slow_cgroup.may_lift.set()
+    pause = asyncio.create_task(container(tmp_path, slow_cgroup, this_process()).pause())
+    async with asyncio.timeout(10):
+        while not slow_cgroup.is_asked_to_freeze:
+            await asyncio.sleep(0.001)
+
+    pause.cancel()
+    await asyncio.gather(pause, return_exceptions=True)
+
+    assert pause.cancelled()
+    assert slow_cgroup.is_limited
+    assert not slow_cgroup.is_asked_to_freeze

@@ -127,6 +127,7 @@ class FakeMachine:
 
     async def set_rates(self, rates: Rates) -> None:
         self.agent.told.append(f"rates {rates.disk_mb_per_second}")
+        await self._runtime.passes("rates")
 
     async def pause(self) -> None:
         await self._runtime.passes("pause")

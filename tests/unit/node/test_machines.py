@@ -793,3 +793,21 @@ async def test_a_flush_that_fails_leaves_the_rates_as_they_were(make_world: Any)
     await world.node.snapshots.take("s1", "snap", memory=False)
 
     assert agent.told == ["rates 0", "/fsfreeze", "rates 5"]
+
+
+async def test_a_flush_that_is_cancelled_while_the_rates_are_lifted_sets_them_again(make_world: Any) -> None:
+    world = await make_world(memory=True)
+    await world.create("s1", limits=LIMITED)
+    hosted = world.node.machines.find("s1").hosted
+    hosted.machine.agent.told.clear()
+    lifted = world.runtime.hold("rates")
+
+    flush = asyncio.create_task(hosted.freeze_files())
+    await lifted.wait()
+    flush.cancel()
+    await asyncio.sleep(0)
+    world.runtime.gates["rates"].set()
+    await asyncio.gather(flush, return_exceptions=True)
+
+    assert flush.cancelled()
+    assert hosted.machine.agent.told == ["rates 0", "rates 5"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from emberbox.runtime.base import MIB, Limits, Rates
 from emberbox.runtime.container.bundle import CPU_PERIOD_US
 from emberbox.runtime.errors import RuntimeFailure
+from emberbox.threads import to_thread_whole
 
 ROOT = Path("/sys/fs/cgroup")
 _REMOVE_SECONDS = 5.0
@@ -72,11 +73,11 @@ class Cgroup(ABC):
         Raises:
             RuntimeFailure: one of them could not be stopped in time; all go on then.
         """
-        await asyncio.to_thread(self.request_freeze, True)
+        await to_thread_whole(self.request_freeze, True)
         deadline = time.monotonic() + _FREEZE_SECONDS
         pause = 0.001
         while not await asyncio.to_thread(self.is_frozen):
-            await asyncio.to_thread(self.request_freeze, True)  # version 1 misses what was started meanwhile
+            await to_thread_whole(self.request_freeze, True)  # version 1 misses what was started meanwhile
             if time.monotonic() > deadline:
                 await asyncio.to_thread(self.request_freeze, False)
                 raise RuntimeFailure(f"the machine's processes did not stop within {_FREEZE_SECONDS:g} s")

@@ -68,7 +68,7 @@ class Container:
 
     async def set_rates(self, rates: Rates) -> None:
         try:
-            await asyncio.to_thread(self._cgroup.set_rates, rates, self._root.disk)
+            await to_thread_whole(self._cgroup.set_rates, rates, self._root.disk)
         except FileNotFoundError:
             if not await self.alive():
                 raise MachineGone("the machine has ended") from None
@@ -92,13 +92,17 @@ class Container:
             raise MachineGone("the machine has ended") from None
 
     async def _freeze(self) -> None:
-        """Stop every process. One that waits for its turn at the disk does not stop, so all get theirs before."""
-        if self.spec.limits.rates.limit_disk:
-            await self.set_rates(Rates())
+        """Stop every process. One that waits for its turn at the disk does not stop, so all get theirs before.
+
+        All go on as before when this fails or is cancelled.
+        """
         try:
+            if self.spec.limits.rates.limit_disk:
+                await self.set_rates(Rates())
             await self._cgroup.freeze()
         except BaseException:
-            await asyncio.shield(self._limit_again())
+            with contextlib.suppress(RuntimeFailure, OSError):  # what went wrong first says more
+                await asyncio.shield(self._thaw())
             raise
 
     async def _thaw(self) -> None:
