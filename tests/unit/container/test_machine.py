@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import threading
 from ipaddress import IPv4Address
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from structlog.testing import capture_logs
 
 from emberbox.linux import processes
 from emberbox.linux.processes import ProcessId
@@ -19,6 +22,9 @@ from emberbox.runtime.container.machine import Container
 from emberbox.runtime.container.oci import OciRuntime
 from emberbox.runtime.container.root import Root
 from emberbox.runtime.errors import MachineGone, RuntimeFailure
+
+CANNOT = PermissionError(errno.EACCES, "Permission denied", "io.max")
+"""What the kernel says to a write into a file that a control group does not have."""
 
 
 @pytest.fixture(params=[CgroupV1, CgroupV2])
@@ -38,7 +44,8 @@ class SlowCgroup(CgroupV2):
         self._folder.mkdir(parents=True)
         (self._folder / "io.max").touch()
         (self._folder / "cgroup.freeze").write_text("0")
-        (self._folder / "cgroup.events").write_text("frozen 0\n")
+        self.events = self._folder / "cgroup.events"
+        self.events.write_text("frozen 0\n")
 
     def set_rates(self, rates: Rates, disk: int) -> None:
         if not rates.limit_disk:
@@ -116,3 +123,36 @@ async def test_a_pause_cancelled_while_processes_stop_lets_them_go_on(tmp_path: 
     assert pause.cancelled()
     assert slow_cgroup.is_limited
     assert not slow_cgroup.is_asked_to_freeze
+
+
+async def test_a_machine_goes_on_where_its_disk_cannot_be_limited_any_more(
+    tmp_path: Path, slow_cgroup: SlowCgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slow_cgroup, "set_rates", Mock(side_effect=CANNOT))
+    machine = container(tmp_path, slow_cgroup, this_process())
+    slow_cgroup.events.write_text("frozen 1\n")
+
+    with capture_logs() as logged:
+        await machine.pause()
+        paused = slow_cgroup.is_asked_to_freeze
+        await machine.resume()
+        slow_cgroup.events.write_text("frozen 0\n")
+        await machine.recover()
+
+    assert paused
+    assert not slow_cgroup.is_asked_to_freeze
+    assert [(entry["event"], entry["log_level"]) for entry in logged] == [("container.rates_not_set", "warning")] * 3
+    assert "control groups lack the controller" in logged[0]["reason"]
+
+
+async def test_a_save_that_was_cut_short_is_undone_where_the_disk_cannot_be_limited_any_more(
+    tmp_path: Path, slow_cgroup: SlowCgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slow_cgroup, "set_rates", Mock(side_effect=CANNOT))
+    slow_cgroup.request_freeze(True)
+    (tmp_path / "saving").touch()
+
+    await container(tmp_path, slow_cgroup, this_process()).recover()
+
+    assert not slow_cgroup.is_asked_to_freeze
+    assert not (tmp_path / "saving").exists()

@@ -9,6 +9,8 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from emberbox.linux import processes
 from emberbox.linux.processes import ProcessId
 from emberbox.linux.sparse import clone
@@ -18,6 +20,8 @@ from emberbox.runtime.container.oci import OciRuntime
 from emberbox.runtime.container.root import Root
 from emberbox.runtime.errors import MachineGone, NotSupported, RuntimeFailure
 from emberbox.threads import to_thread_whole
+
+log = structlog.get_logger("emberbox.runtime")
 
 NAME = "container"
 _UPPER = "upper.ext4"
@@ -69,7 +73,7 @@ class Container:
     async def set_rates(self, rates: Rates) -> None:
         try:
             await to_thread_whole(self._cgroup.set_rates, rates, self._root.disk)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):  # the latter says of a folder that is there: no file of this name
             if not await self.alive():
                 raise MachineGone("the machine has ended") from None
             raise RuntimeFailure(
@@ -97,8 +101,7 @@ class Container:
         All go on as before when this fails or is cancelled.
         """
         try:
-            if self.spec.limits.rates.limit_disk:
-                await self.set_rates(Rates())
+            await self._try_rates(Rates())
             await self._cgroup.freeze()
         except BaseException:
             with contextlib.suppress(RuntimeFailure, OSError):  # what went wrong first says more
@@ -107,13 +110,24 @@ class Container:
 
     async def _thaw(self) -> None:
         try:
-            await self._limit_again()
+            await self._try_rates(self.spec.limits.rates)
         finally:
             await self._cgroup.thaw()
 
-    async def _limit_again(self) -> None:
-        if self.spec.limits.rates.limit_disk:
-            await self.set_rates(self.spec.limits.rates)
+    async def _try_rates(self, rates: Rates) -> None:
+        """Of a machine that has rates. Where its disk cannot be limited any more, it goes on without.
+
+        Raises:
+            MachineGone
+        """
+        if not self.spec.limits.rates.limit_disk:
+            return
+        try:
+            await self.set_rates(rates)
+        except MachineGone:
+            raise
+        except RuntimeFailure as error:
+            log.warning("container.rates_not_set", machine_id=self.spec.machine_id, reason=str(error))
 
     async def save(self, into: Path, *, memory: bool, final: bool = False) -> Saved:
         """Copy the upper. The machine stands still for as long as that takes."""
@@ -156,7 +170,7 @@ class Container:
             await self._thaw()
             marker.unlink()
         elif not await asyncio.to_thread(self._cgroup.is_frozen):
-            await self._limit_again()
+            await self._try_rates(self.spec.limits.rates)
 
     async def stats(self) -> Stats:
         try:
@@ -175,10 +189,10 @@ class Container:
         )
 
     def _read_disk(self) -> os.statvfs_result:
-        log = self._root.upper / "agent.log"
+        agent_log = self._root.upper / "agent.log"
         with contextlib.suppress(FileNotFoundError):
-            if log.stat().st_size > _LOG_BYTES:
-                os.truncate(log, 0)  # it is written in append mode
+            if agent_log.stat().st_size > _LOG_BYTES:
+                os.truncate(agent_log, 0)  # it is written in append mode
         return os.statvfs(self._root.upper)
 
     async def destroy(self) -> None:
