@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from ipaddress import IPv4Address
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -378,6 +379,24 @@ async def test_slots_outlive_the_process_and_are_adopted_or_swept(settings: Sett
     with pytest.raises(NetworkFailure, match="is gone"):
         await second.adopt(lost.index)
     await second.give_back(adopted)
+    await second.close()
+    assert _traces(settings) == []
+
+
+async def test_a_slot_that_cannot_be_adopted_is_swept(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Slots(settings)
+    await first.start()
+    slot = await first.take()
+    await first.close()
+    second = Slots(settings)
+    await second.start()
+
+    monkeypatch.setattr(second._firewall, "admit", AsyncMock(side_effect=NetworkFailure("refused")))
+    with pytest.raises(NetworkFailure, match="refused"):
+        await second.adopt(slot.index)
+    swept = await second.sweep(frozenset())
+
+    assert swept == [f"slot {slot.netns}"]
     await second.close()
     assert _traces(settings) == []
 

@@ -18,9 +18,10 @@ from emberbox.node.errors import LayerMissing, NodeError
 from emberbox.node.hosting import Hosted, Hosting
 from emberbox.node.machines import Machines
 from emberbox.node.model import EndReason, State
-from emberbox.node.records import SandboxRecord, SavedFacts
+from emberbox.node.records import MachineFacts, SandboxRecord, SavedFacts
 from emberbox.node.sandbox import Sandbox
-from emberbox.runtime.base import MachineSpec
+from emberbox.node.tasks import finish
+from emberbox.runtime.base import MachineSpec, Slot
 from emberbox.runtime.errors import RuntimeFailure
 
 log = structlog.get_logger("emberbox.node")
@@ -61,7 +62,7 @@ async def _adopt(machines: Machines, sandbox: Sandbox, record: SandboxRecord) ->
     hosted: Hosted | None = None
     if record.boot_id == machines.boot_id:
         try:
-            hosted = await _find_machine(machines.hosting, record)
+            hosted = await _take_over(machines.hosting, record)
         except (NodeError, RuntimeFailure, OSError) as error:
             log.error("sandbox.not_adopted", sandbox_id=record.sandbox_id, error=str(error))
     if hosted is not None:
@@ -89,10 +90,21 @@ async def _lose(machines: Machines, sandbox: Sandbox, record: SandboxRecord, rea
     await machines.logs.note(record.sandbox_id, "error", why)
 
 
-async def _find_machine(hosting: Hosting, record: SandboxRecord) -> Hosted | None:
+async def _take_over(hosting: Hosting, record: SandboxRecord) -> Hosted | None:
+    """The machine with its slot. The slot is given back when there is no machine, or it cannot be taken over."""
     facts = record.machine
     assert facts is not None
     slot = await hosting.slots.adopt(facts.slot_index)
+    hosted: Hosted | None = None
+    try:
+        hosted = await _find_machine(hosting, record, facts, slot)
+    finally:
+        if hosted is None:
+            await finish(hosting.slots.give_back(slot))
+    return hosted
+
+
+async def _find_machine(hosting: Hosting, record: SandboxRecord, facts: MachineFacts, slot: Slot) -> Hosted | None:
     spec = MachineSpec(
         machine_id=facts.machine_id,
         directory=hosting.machines_dir / facts.machine_id,
@@ -106,7 +118,6 @@ async def _find_machine(hosting: Hosting, record: SandboxRecord) -> Hosted | Non
     )
     machine = await hosting.runtime.adopt(spec, facts.facts)
     if machine is None:
-        await hosting.slots.give_back(slot)
         return None
     if record.state is State.RUNNING:
         # A pause or snapshot that was interrupted may have left it with its clock stopped.

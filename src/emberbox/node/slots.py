@@ -145,10 +145,10 @@ class Slots:
         slot = self._slot(index)
         if not await asyncio.to_thread((netns.DIRECTORY / slot.netns).exists):
             raise NetworkFailure(f"the network namespace {slot.netns} is gone")
-        self._left_over.discard(index)
-        self._in_use[index] = slot
         self._firewall.adopt(index)
         await self._firewall.admit(index)
+        self._left_over.discard(index)  # a sweep takes what could not be adopted
+        self._in_use[index] = slot
         return slot
 
     async def apply(self, slot: Slot, policy: NetworkPolicy) -> None:

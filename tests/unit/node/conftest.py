@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from emberbox.node.errors import LayerMissing, NodeFull
+from emberbox.node.errors import LayerMissing, NetworkFailure, NodeFull
 from emberbox.node.machines import Seed
 from emberbox.node.model import Image, Network, NewSandbox, TimeoutAction, now_ms
 from emberbox.node.node import Node
@@ -164,6 +164,7 @@ class FakeRuntime:
         self.machines: dict[str, FakeMachine] = {}
         """Survive the node, as real machines do."""
         self.fail_start = ""
+        self.fail_adopt = ""
         self.gates: dict[str, asyncio.Event] = {}
         self.reached: dict[str, asyncio.Event] = {}
         self.swept: list[str] = []
@@ -204,6 +205,8 @@ class FakeRuntime:
         return machine
 
     async def adopt(self, spec: MachineSpec, record: dict[str, Any]) -> FakeMachine | None:
+        if self.fail_adopt:
+            raise RuntimeFailure(self.fail_adopt)
         return self.machines.get(record["id"])
 
     async def sweep(self, keep: frozenset[str]) -> list[str]:
@@ -231,16 +234,19 @@ class FakeSlots:
         self._base = (127 << 24) | (random.Random(os.urandom(8)).randrange(1 << 15, 1 << 16) << 8)
         self.size = size
         self.used: set[int] = set()
+        self.taken: set[int] = set()
+        """Those in use by the node process of now; the sweep leaves them alone, as the real one does."""
         self.policies: dict[int, Network] = {}
         self.shaped: dict[int, int] = {}
+        self.refuse_policies = False
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        self.taken.clear()
 
     async def take(self) -> Slot:
         for index in range(self.size):
             if index not in self.used:
-                self.used.add(index)
-                return self._slot(index)
+                return await self.adopt(index)
         raise NodeFull("no slot left")
 
     def _slot(self, index: int) -> Slot:
@@ -248,22 +254,26 @@ class FakeSlots:
 
     async def give_back(self, slot: Slot) -> None:
         self.used.discard(slot.index)
+        self.taken.discard(slot.index)
         self.policies.pop(slot.index, None)
         self.shaped.pop(slot.index, None)
 
     async def adopt(self, index: int) -> Slot:
         self.used.add(index)
+        self.taken.add(index)
         return self._slot(index)
 
     async def apply(self, slot: Slot, policy: Network) -> None:
+        if self.refuse_policies:
+            raise NetworkFailure("the rules were refused")
         self.policies[slot.index] = policy
 
     async def shape(self, slot: Slot, mbit_per_second: int) -> None:
         self.shaped[slot.index] = mbit_per_second
 
     async def sweep(self, keep: frozenset[int]) -> list[str]:
-        gone = self.used - keep
-        self.used &= keep
+        gone = self.used - keep - self.taken
+        self.used -= gone
         return [f"slot {index}" for index in gone]
 
     async def close(self) -> None: ...

@@ -93,6 +93,21 @@ async def test_a_machine_that_ended_meanwhile_is_an_end(make_world: Any) -> None
     assert set(world.left()) == {"records", "sandboxes"}
 
 
+@pytest.mark.parametrize("failing", ["adopt", "apply"])
+async def test_a_machine_that_cannot_be_adopted_leaves_nothing(make_world: Any, failing: str) -> None:
+    world = await make_world()
+    await world.create("s1")
+    await world.kill_process()
+    world.runtime.fail_adopt = "it does not answer" if failing == "adopt" else ""
+    world.slots.refuse_policies = failing == "apply"
+
+    await world.start()
+
+    (status,) = world.node.machines.statuses()
+    assert (status.state, status.end_reason) == (State.ENDED, EndReason.DIED)
+    assert set(world.left()) == {"records", "sandboxes"}
+
+
 async def test_a_restarted_host_has_lost_what_ran_and_kept_what_was_paused(make_world: Any) -> None:
     world = await make_world()
     for name in ("running", "frozen", "files"):
