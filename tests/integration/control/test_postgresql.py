@@ -52,6 +52,7 @@ from tests.integration.control.test_templates import (  # noqa: F401
 )
 from tests.integration.control.test_upgrade import (  # noqa: F401
     test_a_database_of_the_first_version_is_upgraded_and_goes_on,
+    test_a_snapshot_from_before_there_were_rates_has_none_and_a_template_has_the_installations,
 )
 from tests.support.control import ADMIN_TOKEN, World, eventually, made_world, serving_world
 from tests.support.postgres import Cluster, cluster, missing

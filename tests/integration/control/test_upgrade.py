@@ -9,14 +9,17 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy.engine import Connection
 
-from emberbox.store import sandboxes
+from emberbox.store import sandboxes, templates
 from emberbox.store.engine import Store
 from emberbox.store.migrate import HEAD, revision
 from emberbox.wire import node_pb2 as pb
 from tests.support.control import made_world
+from tests.unit.control.test_rates import NONE
 
 KEY = "e2b_4db107b74bb0c25036dbfc0f8dda123435d4fe4e"
 TEMPLATE, SANDBOX = "xmtiv6uz2p5g9qmzf8td", "izviqqndiwyewfrdm4un"
+BUILD, SNAPSHOT_BUILD = "3f3db5d6-0ce3-4995-8ffb-f0ee6ab656df", "b7a0fd0a-8a57-4d0c-8f53-3f5f6b1fb1d4"
+SNAPSHOT, SAVED = "q3w8z1rk6y0d4n7tb2mc", "h5n2wqk0c7t9x3v8m1ba"
 END_AT = 4_102_444_800_000
 
 FIRST = f"""
@@ -30,19 +33,26 @@ INSERT INTO nodes VALUES ('fake-node', 'unix:/var/lib/emberbox/run/node.sock', '
 INSERT INTO templates VALUES ('{TEMPLATE}', '905a7074-a95f-468c-9275-d2d2a8d8c671', 'template', TRUE, TRUE, NULL,
     1795701761908, 1795701761908, 1795701762084, 1);
 INSERT INTO template_aliases VALUES ('default', 'base', '{TEMPLATE}');
-INSERT INTO template_builds VALUES ('3f3db5d6-0ce3-4995-8ffb-f0ee6ab656df', '{TEMPLATE}', 'ready', 2, 1024, 10240,
+INSERT INTO template_builds VALUES ('{BUILD}', '{TEMPLATE}', 'ready', 2, 1024, 10240,
     '["{"ab" * 32}"]', '{{}}', '', '', '', '', NULL, NULL, 'fake-node', NULL, 4096, '0.1',
     '{{"recipe": "base", "tags": ["default"], "team_id": "905a7074-a95f-468c-9275-d2d2a8d8c671"}}', 'null', NULL,
     1795701761907, 1795701761933, 1795701761933);
 INSERT INTO template_tags VALUES ('905eebba-3885-48f4-9dce-db79f5dbb684', '{TEMPLATE}', 'default',
-    '3f3db5d6-0ce3-4995-8ffb-f0ee6ab656df', 1795701761933);
-INSERT INTO build_logs VALUES ('3f3db5d6-0ce3-4995-8ffb-f0ee6ab656df', 0, 1795701761932, 'info', 'one', 'base');
+    '{BUILD}', 1795701761933);
+INSERT INTO build_logs VALUES ('{BUILD}', 0, 1795701761932, 'info', 'one', 'base');
 INSERT INTO sandboxes VALUES ('{SANDBOX}', '905a7074-a95f-468c-9275-d2d2a8d8c671', '{TEMPLATE}',
-    '3f3db5d6-0ce3-4995-8ffb-f0ee6ab656df', 'base', 'running', 1795701762096, NULL, 'fake-node', '198.18.0.3', 2, 1024,
+    '{BUILD}', 'base', 'running', 1795701762096, NULL, 'fake-node', '198.18.0.3', 2, 1024,
     10240, '0.1', '{{"user": "abc"}}', TRUE, NULL, '{{}}', '[]', FALSE, TRUE, FALSE, 600, 1795701762084, {END_AT},
     NULL, NULL, NULL, NULL, NULL, NULL);
+INSERT INTO templates VALUES ('{SNAPSHOT}', '905a7074-a95f-468c-9275-d2d2a8d8c671', 'snapshot', FALSE, FALSE, NULL,
+    1795701763000, 1795701763000, NULL, 0);
+INSERT INTO template_builds VALUES ('{SNAPSHOT_BUILD}', '{SNAPSHOT}', 'ready', 2, 1024, 10240, '[]', '{{}}', '', '',
+    '', '', '{SAVED}', TRUE, 'fake-node', '{SANDBOX}', 4096, '0.1',
+    '{{"snapshot_of": "{SANDBOX}", "memory": true}}', 'null', NULL, 1795701763000, 1795701763001, 1795701763001);
+INSERT INTO template_tags VALUES ('0c1d6c0e-57f0-4f0e-9d5b-6f8d41f6a3c2', '{SNAPSHOT}', 'default', '{SNAPSHOT_BUILD}',
+    1795701763001);
 """
-"""Rows as the first version has written them: a first run, and a sandbox created from `base` in it."""
+"""Rows as the first version has written them: a first run, a sandbox created from `base` in it, and its snapshot."""
 
 
 @pytest.fixture
@@ -104,3 +114,20 @@ async def test_a_database_of_the_first_version_is_upgraded_and_goes_on(database_
     assert limited.json()["scopes"] == ["templates"]
     assert killed.status_code == 204
     assert SANDBOX not in world.node.machines
+
+
+async def test_a_snapshot_from_before_there_were_rates_has_none_and_a_template_has_the_installations(
+    database_url: str,
+) -> None:
+    await filled(database_url, "0001", FIRST)
+
+    async with made_world(database_url=database_url, default_disk_mb_per_second=50) as world, world.serving():
+        world.node.snapshots[SAVED] = pb.SnapshotStatus(snapshot_id=SAVED, memory_kept=True)
+        await world.ready()
+        builds = [await templates.get_build(world.control.store, build_id) for build_id in (BUILD, SNAPSHOT_BUILD)]
+        async with world.client_with(X_API_Key=KEY) as client:
+            made = [await client.post("/v2/sandboxes", json={"templateID": name}) for name in (TEMPLATE, SNAPSHOT)]
+        asked = [world.node.machines[one.json()["sandboxID"]].request.rates.disk_mb_per_second for one in made]
+
+    assert [build.rates for build in builds if build] == [{}, NONE]
+    assert asked == [50, 0]
