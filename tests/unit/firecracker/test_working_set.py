@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -13,6 +14,7 @@ from emberbox.runtime.firecracker import working_set
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PAGES = 4096
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: page tables are shown to root alone")
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def covered(ranges: working_set.Ranges, page: int) -> bool:
     return any(offset <= page * PAGE < offset + length for offset, length in ranges)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: page tables are shown to root alone")
+@needs_root
 def test_pages_that_were_read_or_written_are_noted_and_others_are_not(memory: Path, tmp_path: Path) -> None:
     with memory.open("r+b") as handle, mmap.mmap(handle.fileno(), 0, flags=mmap.MAP_PRIVATE) as mapped:
         assert mapped[100 * PAGE] >= 0
@@ -48,6 +50,26 @@ def test_a_process_that_is_gone_leaves_no_note(memory: Path, tmp_path: Path) -> 
 
     assert not working_set.is_known(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["memory.0"]
+
+
+@needs_root
+def test_a_memory_file_that_is_not_mapped_leaves_no_note(memory: Path, tmp_path: Path) -> None:
+    assert working_set.record(os.getpid(), memory, tmp_path) == []
+
+    assert [path.name for path in tmp_path.iterdir()] == ["memory.0"]
+
+
+@needs_root
+def test_a_mapping_that_the_process_list_shows_on_another_device_leaves_no_note(memory: Path, tmp_path: Path) -> None:
+    """As on btrfs, whose files have another device number in stat(2)."""
+    shown = os.stat_result([*memory.stat()[:2], memory.stat().st_dev + 1, *memory.stat()[3:]])
+    with memory.open("r+b") as handle, mmap.mmap(handle.fileno(), 0, flags=mmap.MAP_PRIVATE) as mapped:
+        assert mapped[0] >= 0
+        with mock.patch.object(Path, "stat", return_value=shown):
+            found = working_set.record(os.getpid(), memory, tmp_path)
+
+    assert found == []
+    assert not working_set.is_known(tmp_path)
 
 
 @pytest.mark.parametrize("note", ["", "{", "3", '[["a", 1]]', "[[1]]"])

@@ -27,6 +27,9 @@ Ranges = list[tuple[int, int]]
 def record(pid: int, memory: Path, folder: Path) -> Ranges:
     """Write down which pages of the file `memory` the process has touched in its mapping of it, and return them.
 
+    When none is found nothing is written, and the next restore may try again: the mapping may be gone, or be listed
+    with another device than stat(2) says, as on btrfs.
+
     Args:
         folder: where `NAME` is put, in one step.
 
@@ -34,6 +37,8 @@ def record(pid: int, memory: Path, folder: Path) -> Ranges:
         OSError: the process is gone, or the file cannot be written.
     """
     found = _joined(_touched(pid, memory))
+    if not found:
+        return []
     work = folder / f"{NAME}.new"
     try:
         work.write_text(json.dumps(found))
