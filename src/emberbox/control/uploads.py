@@ -44,7 +44,10 @@ _UNPACKED_TIMES = 8
 """An archive may unpack to so many times the size limit of an upload; more is a bomb."""
 _MEMBERS = 1_000_000
 _EXTENSION_BYTES = 1024 * 1024
-"""Of a header that extends the next member's: a long name, pax records. It is read into memory."""
+"""Of the headers in a row that extend one member's: long names, pax records. They are read into memory."""
+_SPARSE_RECORDS = b"GNU.sparse."
+_SPARSE_NAME = "GNU.sparse.name"
+_RECORDS_THAT_COUNT = (b"path", b"linkpath", b"size", _SPARSE_NAME.encode())
 _PARTIAL = ".part"
 _IDLE_SECONDS = 120.0
 """An upload of which nothing arrives for so long is given up."""
@@ -225,8 +228,8 @@ def check_archive(path: Path, unpacked_limit: int) -> None:
     """Read an archive from beginning to end: a tar, compressed with gzip or not.
 
     Raises:
-        Invalid: it is damaged, cut off, unpacks to more than `unpacked_limit` bytes, or has a member that is neither
-            file, directory nor link, or lies outside.
+        Invalid: it is damaged, cut off, unpacks to more than `unpacked_limit` bytes, has more or longer headers than
+            are followed, or has a member that is sparse, is neither file, directory nor link, or lies outside.
     """
     members = 0
     try:
@@ -234,7 +237,7 @@ def check_archive(path: Path, unpacked_limit: int) -> None:
             compressed = file.read(2) == _GZIP_MAGIC
             file.seek(0)
             limited = _Limited(gzip.GzipFile(fileobj=file) if compressed else file, unpacked_limit)
-            with tarfile.open(fileobj=limited, mode="r|", bufsize=_CHUNK, tarinfo=_Member) as archive:
+            with _Archive.open(fileobj=limited, mode="r|", bufsize=_CHUNK) as archive:
                 for member in archive:
                     members += 1
                     if members > _MEMBERS:
@@ -249,8 +252,10 @@ def check_archive(path: Path, unpacked_limit: int) -> None:
             while limited.read(_CHUNK):
                 pass
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError) as error:
-        # `tarfile` takes numbers in pax records for granted.
-        raise Invalid(f"what was uploaded is not a tar archive, or is damaged: {error}") from error
+        raise _damaged(str(error)) from error
+    except RecursionError:
+        # `tarfile` reads the header behind one that extends it in a deeper call.
+        raise Invalid("the archive has too many headers in a row that extend one member's") from None
     if not members:
         raise Invalid("the archive is empty")
 
@@ -273,23 +278,110 @@ class _Limited(io.RawIOBase):
 
 
 class _Member(tarfile.TarInfo):
-    """A header that is not followed into memory when it says that it goes on for megabytes."""
+    """A header that is followed neither into memory without end nor for hours, whatever it says.
 
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
-        """
+    `tarfile` would collect the maps of sparse files and global records as they come, and searches pax records with an
+    expression whose time grows with the square of a run of digits, without letting other threads run.
+    """
+
+    def _proc_member(self, archive: _Archive) -> tarfile.TarInfo:
+        """What `tarfile` calls with each header: reads what belongs to it, and returns the member.
+
         Raises:
-            Invalid: it extends another header by more than `_EXTENSION_BYTES`.
+            Invalid: it is a sparse file's, or extends another by too much.
         """
-        header = super().frombuf(buf, encoding, errors)
-        if header.type in _EXTENSIONS and not 0 <= header.size <= _EXTENSION_BYTES:
-            raise Invalid(f"the archive has a header of {header.size} bytes; {_EXTENSION_BYTES} are allowed")
-        return header
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            raise _sparse(self.name)
+        if self.type in _EXTENSIONS:
+            if not 0 <= self.size <= _EXTENSION_BYTES - archive.extension_bytes:
+                raise Invalid(
+                    f"the archive has a header of {self.size} bytes; one member's may have {_EXTENSION_BYTES} in all"
+                )
+            archive.extension_bytes += self.size
+        else:
+            archive.extension_bytes = 0
+        if self.type in _PAX:
+            return self._extended(archive)
+        member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        return member
+
+    def _extended(self, archive: _Archive) -> tarfile.TarInfo:
+        """The member behind a pax header, with its records.
+
+        Raises:
+            Invalid: a record is malformed, is a sparse file's, or gives all members one name, link or size.
+        """
+        assert archive.fileobj is not None
+        records = _records(archive.fileobj.read(_blocks(self.size))[: self.size], self.name)
+        if records and self.type == tarfile.XGLTYPE:
+            raise Invalid(f"the archive has a global header that sets {', '.join(records)}, which is not accepted")
+        try:
+            member = self.fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            # Of any other kind, it would mean the archive's end.
+            raise tarfile.ReadError(str(error)) from None
+        # An empty value takes a record back.
+        member.name = records.get("path") or member.name
+        member.linkname = records.get("linkpath") or member.linkname
+        if "size" in records:
+            if not records["size"].isdecimal():
+                raise _damaged(f"a member's size is {records['size'][:40]!r}")
+            member.size = int(records["size"])
+            if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES:
+                archive.offset = member.offset_data + _blocks(member.size)
+        return member
 
 
-_EXTENSIONS = frozenset(
-    (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-)
+class _Archive(tarfile.TarFile):
+    tarinfo = _Member
+    extension_bytes = 0
+    """Of the headers that were read for the next member."""
+
+
+_PAX = frozenset((tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE))
+_EXTENSIONS = _PAX | {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
+
+
+def _records(data: bytes, name: str) -> dict[str, str]:
+    """Those of a pax header's records that say where a member lies and how long it is.
+
+    A record is its length in bytes, a space, a key, `=`, a value and a line feed (POSIX.1-2008, pax).
+
+    Raises:
+        Invalid: a record is malformed, or a sparse file's; `name` is what the header calls itself.
+    """
+    found: dict[str, str] = {}
+    sparse = False
+    start = 0
+    while start < len(data):
+        digits, space, _ = data[start : start + len(str(_EXTENSION_BYTES)) + 1].partition(b" ")
+        end = start + int(digits) if space and digits.isdigit() else 0
+        key, equals, value = data[start + len(digits) + 1 : max(end - 1, 0)].partition(b"=")
+        if not equals or data[end - 1 : end] != b"\n":
+            raise _damaged("a pax header is malformed")
+        sparse = sparse or key.startswith(_SPARSE_RECORDS)
+        if key in _RECORDS_THAT_COUNT:
+            found[key.decode()] = value.decode(errors="surrogateescape")
+        start = end
+    if sparse:
+        raise _sparse(found.get(_SPARSE_NAME) or found.get("path") or name)
+    return found
+
+
+def _blocks(size: int) -> int:
+    """What so many bytes take in an archive."""
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _damaged(why: str) -> Invalid:
+    return Invalid(f"what was uploaded is not a tar archive, or is damaged: {why}")
+
+
+def _sparse(name: str) -> Invalid:
+    return Invalid(
+        f"the archive has a sparse file {name[:200]!r}, which is not accepted; pack it with its holes written out "
+        "(GNU tar: without --sparse)"
+    )
 
 
 def _too_much(limit: int) -> str:

@@ -8,6 +8,8 @@ import io
 import tarfile
 import tracemalloc
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,8 @@ async def test_work_that_breaks_gives_its_place_to_the_next() -> None:
 
 # ---- archives
 
+MIB = 1024 * 1024
+
 
 def _archive(*members: tarfile.TarInfo) -> bytes:
     made = io.BytesIO()
@@ -158,7 +162,7 @@ def test_what_was_cut_off_anywhere_is_refused(length: int, tmp_path: Path) -> No
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize(
     "records",
-    [{"size": "9" * 20}, {"size": "-5"}, {"GNU.sparse.size": "x"}, {"GNU.sparse.map": "0,x"}],
+    [{"size": "9" * 20}, {"size": "-5"}, {"size": "x"}],
     ids=lambda records: str(*records.items()),
 )
 def test_numbers_in_headers_that_cannot_be_are_refused_at_once(records: dict[str, str], tmp_path: Path) -> None:
@@ -175,15 +179,138 @@ def test_a_header_of_megabytes_is_not_read_into_memory(kind: bytes, tmp_path: Pa
     long = _member("long", kind, size=64 * 1024 * 1024)
     (tmp_path / "archive").write_bytes(gzip.compress(_archive(long), compresslevel=1))
 
+    assert "a header of 67108864 bytes" in _refused_in_little_memory(tmp_path / "archive")
+
+
+def test_many_headers_of_one_member_are_not_kept_in_memory(tmp_path: Path) -> None:
+    records = b"".join(b"10 %05x=\n" % number for number in range(MIB // 10))
+    (tmp_path / "archive").write_bytes(gzip.compress(_pax(records) * 40, compresslevel=1))
+
+    assert "one member's may have 1048576 in all" in _refused_in_little_memory(tmp_path / "archive")
+
+
+def test_global_headers_do_not_add_up_in_memory(tmp_path: Path) -> None:
+    made = io.BytesIO()
+    with gzip.GzipFile(fileobj=made, mode="wb", compresslevel=1) as archive:
+        for turn in range(40):
+            archive.write(
+                _pax(b"".join(b"31 key%07d=%016d\n" % (turn * 5000 + n, n) for n in range(5000)), tarfile.XGLTYPE)
+            )
+            archive.write(_archive(_member(str(turn)))[: tarfile.BLOCKSIZE])
+        archive.write(_archive())
+    (tmp_path / "archive").write_bytes(made.getvalue())
+
+    with _little_memory():
+        check_archive(tmp_path / "archive", 10**9)
+
+
+@pytest.mark.parametrize("record", [b"10 path=x\n", b"14 linkpath=x\n", b"9 size=7\n"])
+def test_a_global_header_may_not_name_or_size_every_member(record: bytes, tmp_path: Path) -> None:
+    (tmp_path / "archive").write_bytes(_pax(record, tarfile.XGLTYPE) + _archive(_member("a")))
+
+    with pytest.raises(Invalid, match=r"global header that sets (path|linkpath|size)"):
+        check_archive(tmp_path / "archive", 100_000)
+
+
+@pytest.mark.timeout(30)
+def test_a_sparse_file_of_the_old_kind_is_refused_before_its_map_is_read(tmp_path: Path) -> None:
+    header = bytearray(_member("holes", tarfile.GNUTYPE_SPARSE).tobuf(tarfile.GNU_FORMAT))
+    header[482] = 1
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]  # type: ignore[attr-defined]
+    block = b"%011o\0" % 1 * 42 + b"\1".ljust(8, b"\0")
+    (tmp_path / "archive").write_bytes(gzip.compress(bytes(header) + block * 100_000, compresslevel=1))
+
+    assert "a sparse file 'holes', which is not accepted" in _refused_in_little_memory(tmp_path / "archive")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "records",
+    [
+        {"GNU.sparse.size": "1", "GNU.sparse.offset": "0", "GNU.sparse.numbytes": "1"},
+        {"GNU.sparse.map": "0,1," * 100_000 + "0,1"},
+        {"path": "GNUSparseFile.0/x", "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "holes"},
+    ],
+    ids=["0.0", "0.1", "1.0"],
+)
+def test_sparse_files_in_pax_headers_are_refused(records: dict[str, str], tmp_path: Path) -> None:
+    member = _member("holes")
+    member.pax_headers = {"path": "holes", **records}
+    map_of_1_0 = b"9" * 9 + b"\n" + b"1\n" * (4 * MIB)
+    (tmp_path / "archive").write_bytes(gzip.compress(member.tobuf() + map_of_1_0))
+
+    assert "a sparse file 'holes', which is not accepted" in _refused_in_little_memory(tmp_path / "archive")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_thousands_of_headers_in_a_row_are_refused(kind: bytes, tmp_path: Path) -> None:
+    header = _member("a", kind).tobuf()
+    (tmp_path / "archive").write_bytes(gzip.compress(header * 5000 + _archive(_member("a"))))
+
+    with pytest.raises(Invalid, match="too many headers in a row"):
+        check_archive(tmp_path / "archive", 10**9)
+
+
+@pytest.mark.timeout(30)
+def test_a_record_of_many_digits_is_checked_at_once(tmp_path: Path) -> None:
+    digits = b"1" * (MIB - 20)
+    record = b"%d comment=%s\n" % (len(digits) + 17, digits)
+    (tmp_path / "archive").write_bytes(_pax(record) + _archive(_member("a")))
+
+    check_archive(tmp_path / "archive", 10**9)
+
+
+@pytest.mark.parametrize(
+    "records", [b"1" * 600, b"9 path=ab", b"0 path=a\n", b"99 path=a\n", b"7 path\n", b"-9 path=a\n", b" path=a\n"]
+)
+def test_malformed_records_are_refused(records: bytes, tmp_path: Path) -> None:
+    (tmp_path / "archive").write_bytes(_pax(records) + _archive(_member("a")))
+
+    with pytest.raises(Invalid, match="is damaged: a pax header is malformed"):
+        check_archive(tmp_path / "archive", 100_000)
+
+
+def test_names_links_and_sizes_in_records_are_those_that_count(tmp_path: Path) -> None:
+    long = "ä" * 300
+    fine = _archive(_member(long, size=2000), _member("b", tarfile.SYMTYPE, linkname=long), _member("c", size=10))
+    sized = _pax(b"13 size=2000\n") + _archive(_member("a"))[: tarfile.BLOCKSIZE] + b"x" * 2048
+    (tmp_path / "fine").write_bytes(sized + fine)
+    (tmp_path / "outside").write_bytes(_pax(b"13 path=../a\n") + fine)
+    (tmp_path / "taken-back").write_bytes(_pax(b"10 path=a\n8 path=\n") + _archive(_member("../b")))
+    (tmp_path / "cut").write_bytes(_pax(b"10 path=a\n"))
+
+    check_archive(tmp_path / "fine", 100_000)
+    with pytest.raises(Invalid, match=r"'\.\./a' lies outside"):
+        check_archive(tmp_path / "outside", 100_000)
+    with pytest.raises(Invalid, match=r"'\.\./b' lies outside"):
+        check_archive(tmp_path / "taken-back", 100_000)
+    with pytest.raises(Invalid, match="is damaged"):
+        check_archive(tmp_path / "cut", 100_000)
+
+
+def _pax(records: bytes, kind: bytes = tarfile.XHDTYPE) -> bytes:
+    """A pax header with these bytes as its records."""
+    header = _member("pax", kind, size=len(records)).tobuf(tarfile.USTAR_FORMAT)
+    return header + records + bytes(-len(records) % tarfile.BLOCKSIZE)
+
+
+@contextmanager
+def _little_memory() -> Iterator[None]:
     tracemalloc.start()
     try:
-        with pytest.raises(Invalid, match="a header of 67108864 bytes"):
-            check_archive(tmp_path / "archive", 10**9)
+        yield
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+    assert peak < 16 * MIB
 
-    assert peak < 16 * 1024 * 1024
+
+def _refused_in_little_memory(archive: Path) -> str:
+    """What the check says that refuses an archive."""
+    with _little_memory(), pytest.raises(Invalid) as refused:
+        check_archive(archive, 10**9)
+    return refused.value.message
 
 
 @pytest.mark.parametrize(
