@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from emberbox.control.errors import ControlError
+from emberbox.store.errors import rows_collide
 
 log = structlog.get_logger()
 
@@ -115,9 +116,12 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
 async def _on_store_error(request: Request, error: Exception) -> JSONResponse:
     """The database is away, locked or full. What was asked is undone, or finished when it is back.
 
-    Or the rows do not fit together any more, as when a template is deleted while a build is added to it.
+    Or the rows do not fit together any more, as when a template is deleted while a build is added to it. A row that
+    could never be stored is a fault.
     """
     if isinstance(error, IntegrityError):
+        if not rows_collide(error):
+            return await _on_fault(request, error)
         log.warning("store.conflict", method=request.method, path=request.url.path, exc_info=error)
         return _answer(409, "something of this was changed or deleted at the same moment; try again", should_retry=True)
     log.error("store.failed", method=request.method, path=request.url.path, exc_info=error)

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import sqlite3
+
+from sqlalchemy.exc import IntegrityError
+
+_SQLITE_CODES = frozenset(
+    (sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY, sqlite3.SQLITE_CONSTRAINT_UNIQUE)
+)
+_POSTGRESQL_STATES = frozenset(("23503", "23505"))
+"""foreign_key_violation and unique_violation: https://www.postgresql.org/docs/current/errcodes-appendix.html."""
+
 
 class StoreError(Exception):
     """The store refused."""
@@ -29,3 +39,11 @@ class KeyLimitReached(StoreError):
 
 class DuplicateName(StoreError):
     """The name is taken."""
+
+
+def rows_collide(error: IntegrityError) -> bool:
+    """Whether a row was refused for what other rows are (a foreign or a unique key), and not for what it is itself."""
+    refusal = error.orig
+    if isinstance(refusal, sqlite3.Error):
+        return refusal.sqlite_errorcode in _SQLITE_CODES
+    return getattr(refusal, "sqlstate", None) in _POSTGRESQL_STATES

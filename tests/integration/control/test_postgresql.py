@@ -46,6 +46,8 @@ from tests.integration.control.test_scopes import (  # noqa: F401
     test_creates_at_once_do_not_pass_the_limit,
 )
 from tests.integration.control.test_templates import (  # noqa: F401
+    test_a_row_that_can_never_be_stored_is_a_fault_and_not_to_be_tried_again,
+    test_a_row_that_is_there_already_may_be_tried_again,
     test_named_snapshots_are_found_paged_and_deleted_one_by_one,
     test_tags_mean_the_build_they_were_assigned_to_last,
     test_what_is_deleted_while_something_is_added_to_it_may_be_tried_again,

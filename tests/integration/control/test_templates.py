@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 
@@ -256,6 +257,36 @@ async def test_what_is_deleted_while_something_is_added_to_it_may_be_tried_again
     assert {answer.headers["should-retry"] for answer in answers} == {"true"}
     assert again.status_code == 202
     assert world.node.snapshots == {}
+
+
+async def test_a_row_that_is_there_already_may_be_tried_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await world.client.post("/v3/templates", json={"name": "built"})
+    add_build = rows.add_build
+
+    async def add_twice(store: Store, build: BuildRecord) -> None:
+        await add_build(store, build)
+        await add_build(store, build)
+
+    monkeypatch.setattr(rows, "add_build", add_twice)
+    answer = await world.client.post("/v3/templates", json={"name": "built"})
+
+    assert (answer.status_code, answer.headers["should-retry"]) == (409, "true")
+
+
+async def test_a_row_that_can_never_be_stored_is_a_fault_and_not_to_be_tried_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.client.post("/v3/templates", json={"name": "built"})
+    add_build = rows.add_build
+
+    async def add_nonsense(store: Store, build: BuildRecord) -> None:
+        await add_build(store, replace(build, cpu_count=cast(int, None)))
+
+    monkeypatch.setattr(rows, "add_build", add_nonsense)
+    answer = await world.client.post("/v3/templates", json={"name": "built"})
+
+    assert (answer.status_code, answer.headers["should-retry"]) == (500, "false")
+    assert answer.json()["error_code"] == "internal_server_error"
 
 
 async def test_a_failed_snapshot_leaves_nothing(world: World) -> None:

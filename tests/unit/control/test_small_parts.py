@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import create_engine
+from sqlalchemy.exc import IntegrityError
 
 from emberbox.api import paging
 from emberbox.api.sandboxes import _metadata
@@ -19,7 +21,7 @@ from emberbox.control.names import check_tag, did_you_mean, parse_ref
 from emberbox.control.network import check_network, node_network, without_secrets
 from emberbox.control.tokens import SandboxTokens, new_sandbox_id, new_secret
 from emberbox.store.engine import Store
-from emberbox.store.errors import StoreMisconfigured
+from emberbox.store.errors import StoreMisconfigured, rows_collide
 from emberbox.store.migrate import HEAD, migrate, revision
 from emberbox.store.records import TeamRecord
 
@@ -260,3 +262,31 @@ def test_every_error_says_whether_a_retry_may_help() -> None:
 
     assert len({kind.status for kind in kinds}) >= 10
     assert {kind.status for kind in kinds if kind.should_retry} == {429, 503, 504}
+
+
+# ---- what the store refuses
+
+
+@pytest.mark.parametrize(
+    ("row", "collides"),
+    [
+        ("1, 2, 1, 1", True),
+        ("2, 1, 1, 1", True),
+        ("2, 2, 3, 1", True),
+        ("2, 2, 1, NULL", False),
+        ("2, 2, 1, 0", False),
+    ],
+    ids=["primary key", "unique", "foreign key", "not null", "check"],
+)
+def test_a_row_collides_with_others_and_not_with_its_own_rules(row: str, *, collides: bool) -> None:
+    with create_engine("sqlite://").connect() as connection:
+        connection.exec_driver_sql("PRAGMA foreign_keys=ON")
+        connection.exec_driver_sql(
+            "CREATE TABLE t (id INTEGER PRIMARY KEY, one INT UNIQUE, of INT REFERENCES t, c INT NOT NULL CHECK (c))"
+        )
+        connection.exec_driver_sql("INSERT INTO t VALUES (1, 1, 1, 1)")
+
+        with pytest.raises(IntegrityError) as refused:
+            connection.exec_driver_sql(f"INSERT INTO t VALUES ({row})")
+
+    assert rows_collide(refused.value) == collides
