@@ -12,7 +12,7 @@ import structlog
 
 from emberbox.control.builds import BASE, Builds
 from emberbox.control.clock import now_ms
-from emberbox.control.errors import ControlError, Forbidden, Invalid, NodeFailed, NodeUnavailable, NotFound
+from emberbox.control.errors import Conflict, ControlError, Forbidden, Invalid, NodeFailed, NodeUnavailable, NotFound
 from emberbox.control.names import DEFAULT_TAG, TemplateRef
 from emberbox.control.nodes import Node
 from emberbox.control.plane import Plane
@@ -170,6 +170,7 @@ class Shipped:
 
         Raises:
             NotFound: no such template ships with Emberbox.
+            Conflict: rates are asked for, and a build with others is under way.
             Invalid: its folder cannot be built.
             NodeUnavailable: `base` is not there yet.
         """
@@ -180,6 +181,11 @@ class Shipped:
             team = await self._team()
             latest = await self._latest(team, name)
             if latest is not None and latest.status in ("waiting", "building") and latest.worker is not None:
+                if rates and dict(rates) != dict(latest.rates):
+                    raise Conflict(
+                        f"a build of template {name!r} with other rates is under way; "
+                        "ask again when it has ended, or without rates to follow it"
+                    )
                 return latest
             shipped = await asyncio.to_thread(load_shipped, self._folder, name)
             source = await self._source(team, shipped)

@@ -184,3 +184,22 @@ async def test_rates_of_a_shipped_template_are_asked_for_with_its_build(world: W
     assert refused.status_code == 400
     assert world.node.builds[-1].rates.network_mbit_per_second == 8
     assert world.node.builds[-1].force
+
+
+async def test_a_build_under_way_is_joined_unless_other_rates_are_asked_for(world: World) -> None:
+    world.node.build_hold = asyncio.Event()
+    path = "/shipped-templates/hello/builds"
+
+    first = await world.client.post(f"{path}?networkMbitPerSecond=8")
+    same = await world.client.post(f"{path}?networkMbitPerSecond=8")
+    none = await world.client.post(path)
+    others = [
+        await world.client.post(f"{path}?networkMbitPerSecond=9"),
+        await world.client.post(f"{path}?networkMbitPerSecond=8&diskMBPerSecond=5"),
+    ]
+    world.node.build_hold.set()
+
+    assert first.status_code == 202
+    assert first.json() == same.json() == none.json()
+    assert [answer.status_code for answer in others] == [409, 409]
+    assert "with other rates is under way; ask again when it has ended" in others[0].json()["message"]
