@@ -217,7 +217,9 @@ def test_the_clock_is_right_after_an_hour_on_the_disk(new_sandbox: NewSandbox, i
         in_lab("date -s @$(($(date +%s) - 3600))")
 
     assert before - 0.05 <= inside <= after + 0.05
-    assert max(naps) < 600, "time jumped for the programs inside"
+    # Firecracker 1.12 lets the guest's own clock go on by the hour: what came due meanwhile comes once, not in a burst.
+    assert sum(nap > 60 for nap in naps) <= 1, naps
+    assert all(nap >= 0.5 for nap in naps), naps
 
 
 def test_a_firecracker_that_is_killed_ends_its_sandbox_and_leaves_nothing(
