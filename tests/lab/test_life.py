@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from e2b import Sandbox, SandboxException, SandboxState
+from e2b.exceptions import ServiceBusyException
 
 NewSandbox = Callable[[], Sandbox]
 InLab = Callable[[str], str]
@@ -297,7 +298,7 @@ def test_a_full_disk_is_a_clear_error_and_costs_no_sandbox(new_sandbox: NewSandb
     run(sandbox, "echo kept > ~/kept")
     in_lab(f"fallocate -l $(($(df --output=avail -B1 {NODE} | tail -1) - 300000000)) {NODE}/filler")
     try:
-        with pytest.raises(SandboxException, match="disk"):
+        with pytest.raises(ServiceBusyException, match="disk"):
             use_up_the_pool(new_sandbox)
         assert run(sandbox, "cat ~/kept") == "kept"
     finally:
