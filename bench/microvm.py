@@ -230,16 +230,17 @@ def floor(template: Template, firecracker: Path, work: Path, runs: int) -> dict[
 
 
 def ours(api: Api, runs: int, rest: float) -> dict[str, list[float]]:
-    """The same through Emberbox's API. `rest` seconds between creates let the pool fill again."""
+    """The same through Emberbox's API. In `rest` seconds between two steps the pool fills and memory is merged."""
     found: dict[str, list[float]] = {"create": [], "pause": [], "resume": []}
     for _ in range(runs):
         time.sleep(rest)
         sandbox, seconds = _create(api)
         found["create"].append(seconds)
+        time.sleep(rest)
         began = time.perf_counter()
         api.ask("POST", f"/sandboxes/{sandbox}/pause")
         found["pause"].append(time.perf_counter() - began)
-        time.sleep(rest / 2)
+        time.sleep(rest)
         began = time.perf_counter()
         api.ask("POST", f"/sandboxes/{sandbox}/connect", {"timeout": 3600})
         found["resume"].append(time.perf_counter() - began)
@@ -399,7 +400,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--rest",
         type=float,
         default=0.0,
-        help="seconds between creates, in which the pool fills; 0 with EMBERBOX_WARM_MAX=0 measures plain restores",
+        help="seconds between steps, in which the pool fills; 0 with EMBERBOX_WARM_MAX=0 measures plain restores",
     )
     parser.add_argument(
         "--crowd", action="store_true", help="also memory, creates among many sandboxes, and many forks (minutes)"
