@@ -80,7 +80,7 @@ def test_timeout_zero_ends_it_at_once(make_sandbox):
 def test_connecting_to_a_running_one_only_extends(make_sandbox):
     sandbox = make_sandbox(timeout=300)
 
-    Sandbox.connect(sandbox.sandbox_id, timeout=whole_seconds(30))
+    Sandbox.connect(sandbox.sandbox_id, timeout=30)
     kept = _left(sandbox.sandbox_id)
     Sandbox.connect(sandbox.sandbox_id, timeout=900)
     extended = _left(sandbox.sandbox_id)
