@@ -94,7 +94,7 @@ def test_a_build_copies_runs_and_keeps_its_start_command_in_memory(
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_the_code_interpreter_waits_in_the_memory_of_its_template(name: str, tmp_path: Path) -> None:
-    """With the server and the Python kernel that ship, and not the data tools: installing those takes an hour here."""
+    """With the server and the Python kernel that ship, not the data tools: installing those takes long here."""
     for part in ("kernel", "server"):
         subprocess.run(["cp", "-r", str(INTERPRETER / part), str(tmp_path / part)], check=True)
     (tmp_path / "share" / "kernels").mkdir(parents=True)

@@ -123,9 +123,7 @@ class FirecrackerRuntime:
             jail_ms=round((jailed - prepared) * 1000, 1),
             load_ms=round((time.perf_counter() - jailed) * 1000, 1),
         )
-        # Many machines are restored from a template's one piece, and one from a sandbox's several.
-        new = len(manifest.pieces) == 1 and not working_set.is_known(saved.directory)
-        note_into = saved.directory if new else None
+        note_into = None if working_set.is_known(saved.directory) else saved.directory
         machine = self._machine(spec, cell, identity, api, chain, paused=False, note_into=note_into)
         machine.shorten_soon()
         return machine

@@ -58,7 +58,7 @@ class Manifest:
         """Put the manifest in place in one step, after all it names is safely on the disk."""
         for name in (STATE, UPPER, *(piece.name for piece in self.pieces)):
             _sync(folder / name)
-        _replace(folder / _MANIFEST, json.dumps(asdict(self), indent=1).encode())
+        replace_file(folder / _MANIFEST, json.dumps(asdict(self), indent=1).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -263,7 +263,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
+    """Put a file in place in one step, durably: the old one or the new one is there, whole."""
     work = path.with_suffix(".new")
     try:
         with work.open("wb") as out:

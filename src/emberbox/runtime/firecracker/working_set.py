@@ -8,11 +8,12 @@ the saved machine; every later restore asks for them in a few large reads, while
 from __future__ import annotations
 
 import array
-import contextlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from emberbox.runtime.firecracker.snapshots import replace_file
 
 NAME = "working-set.json"
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -39,14 +40,7 @@ def record(pid: int, memory: Path, folder: Path) -> Ranges:
     found = _joined(_touched(pid, memory))
     if not found:
         return []
-    work = folder / f"{NAME}.new"
-    try:
-        work.write_text(json.dumps(found))
-        work.rename(folder / NAME)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            work.unlink()
-        raise
+    replace_file(folder / NAME, json.dumps(found).encode())
     return found
 
 
