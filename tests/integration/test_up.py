@@ -75,6 +75,16 @@ class Instance:
         assert made.status_code == 201, made.text
         return str(made.json()["sandboxID"])
 
+    def answers(self) -> bool:
+        """Whether both doors take connections: a process that was just started does not yet."""
+        variables = self.variables()
+        try:
+            for name in ("E2B_API_URL", "E2B_SANDBOX_URL"):
+                httpx.get(f"{variables[name]}/health", timeout=30, trust_env=False)
+        except httpx.TransportError:
+            return False
+        return True
+
     def health_of(self, sandbox_id: str) -> int:
         """The answer of the agent, through the edge."""
         headers = {"E2b-Sandbox-Id": sandbox_id, "E2b-Sandbox-Port": "49983"}
@@ -153,6 +163,7 @@ def test_a_killed_role_comes_back_and_the_sandbox_was_running_all_the_time(runni
     os.kill(before, signal.SIGKILL)
     until(lambda: running.pids().get(role, before) != before)
     until(lambda: running.status()["sandboxes"] is not None)
+    until(running.answers)
 
     until(lambda: running.health_of(sandbox_id) == 204)
     with running.api() as api:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
+from emberbox.wire import node_pb2 as wire
 from tests.support.node import NodeProcess
 
 
@@ -17,3 +18,16 @@ async def node() -> AsyncIterator[NodeProcess]:
         pytest.skip("needs root: network namespaces, mounts and cgroups")
     async with NodeProcess(warm_min=0, warm_max=0) as entered:
         yield entered
+
+
+@pytest_asyncio.fixture(loop_scope="module", autouse=True)
+async def nothing_of_a_failed_test_stays(request: pytest.FixtureRequest) -> AsyncIterator[None]:
+    """End the sandboxes that a failed test left on the module's node: the tests after it count what is left."""
+    yield
+    if "node" in request.fixturenames:
+        node: NodeProcess = request.getfixturevalue("node")
+        for machine in await node.state():
+            if machine.state == wire.MACHINE_STATE_ENDED:
+                await node.stub.Acknowledge(wire.AcknowledgeRequest(sandbox_ids=[machine.sandbox_id]), timeout=60)
+            else:
+                await node.stub.Kill(wire.KillRequest(sandbox_id=machine.sandbox_id), timeout=60)

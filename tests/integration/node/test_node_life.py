@@ -72,14 +72,17 @@ async def test_a_killed_sandbox_leaves_nothing(node: NodeProcess) -> None:
 
 async def test_processes_go_on_after_a_pause_in_memory(node: NodeProcess) -> None:
     machine = await node.create()
-    await run(machine.address, "(while true; do date +%s%N > /tmp/tick; sleep 0.05; done) >/dev/null 2>&1 &")
+    ticks = "while true; do date +%s%N > /tmp/tick.new; mv /tmp/tick.new /tmp/tick; sleep 0.05; done"
+    await run(machine.address, f"({ticks}) >/dev/null 2>&1 &")
+    await run(machine.address, "until [ -s /tmp/tick ]; do sleep 0.05; done")
 
     paused = await node.stub.Pause(wire.PauseRequest(sandbox_id=machine.sandbox_id, memory=True))
     resumed = await node.stub.Resume(
         wire.ResumeRequest(sandbox_id=machine.sandbox_id, deadline_unix_ms=now_ms() + 60_000)
     )
     first = await run(resumed.address, "cat /tmp/tick")
-    second = await run(resumed.address, "sleep 0.3; cat /tmp/tick")
+    ticked = f"until [ $(cat /tmp/tick) != {first.text} ]; do sleep 0.05; done; cat /tmp/tick"
+    second = await run(resumed.address, ticked)
 
     assert (paused.state, paused.memory_kept, paused.address) == (wire.MACHINE_STATE_PAUSED, True, "")
     assert int(second.text) > int(first.text)
