@@ -73,6 +73,8 @@ class Settings(BaseSettings):
     """Addresses of slots, four a slot. Two instances on one host need different ones."""
     slots_ready: int = Field(4, ge=0, le=256)
     """Slots kept prepared."""
+    spares: int = Field(2, ge=0, le=64)
+    """Machines' processes kept started, before it is known what they will run; for microVMs, about 3 MB each."""
     inherit_host_network: bool = False
     """Give sandboxes and builds the host's CA bundle, resolver and package settings.
 

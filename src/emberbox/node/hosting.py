@@ -22,7 +22,7 @@ from emberbox.node.errors import AgentFailure, NodeError, WrongState
 from emberbox.node.files import remove_file, remove_tree
 from emberbox.node.model import OPEN_NETWORK, Image, Network
 from emberbox.node.tasks import finish
-from emberbox.runtime.base import Limits, Machine, MachineSpec, Rates, Runtime, Saved, Slot
+from emberbox.runtime.base import Limits, Machine, MachineSpec, Rates, Runtime, Saved, Slot, new_machine_id
 from emberbox.runtime.errors import RuntimeFailure
 from emberbox.threads import to_thread_whole
 
@@ -142,6 +142,12 @@ class Hosting:
         self._ready_seconds = ready_seconds
         self._remembers = runtime.capabilities.memory_snapshots
         self._stuck: dict[str, tuple[Hosted, bool]] = {}
+        self._starting = 0
+
+    @property
+    def starting(self) -> int:
+        """Machines whose start is under way."""
+        return self._starting
 
     def create_directories(self) -> None:
         for directory in (self.machines_dir, self.uppers_dir):
@@ -155,18 +161,19 @@ class Hosting:
             AgentFailure: the machine ended or its agent did not answer in time.
             RuntimeFailure: the runtime could not start it.
         """
-        machine_id = f"m{secrets.token_hex(8)}"
         undo = contextlib.AsyncExitStack()
+        self._starting += 1
         try:
-            return await self._start(machine_id, origin, limits, hostname, network, undo)
+            return await self._start(origin, limits, hostname, network, undo)
         except BaseException as error:
-            log.info("machine.start_undone", machine_id=machine_id, error=str(error) or type(error).__name__)
+            log.info("machine.start_undone", error=str(error) or type(error).__name__)
             await finish(undo.aclose())
             raise
+        finally:
+            self._starting -= 1
 
     async def _start(
         self,
-        machine_id: str,
         origin: Origin,
         limits: Limits,
         hostname: str,
@@ -176,6 +183,7 @@ class Hosting:
         laps = _Laps()
         layers = tuple(self.disks.layer(digest) for digest in origin.layers)
         slot = await finish(self._take_slot(undo))
+        machine_id = slot.spare or new_machine_id()
         if network != OPEN_NETWORK:
             await self.slots.apply(slot, network)
         if limits.rates.network_mbit_per_second:
@@ -183,7 +191,7 @@ class Hosting:
         laps.lap("slot")
         directory = self.machines_dir / machine_id
         undo.push_async_callback(remove_tree, directory)
-        await to_thread_whole(directory.mkdir, mode=0o700)
+        await to_thread_whole(directory.mkdir, mode=0o700, exist_ok=bool(slot.spare))
         upper = origin.upper
         if upper is None:
             upper = self.uppers_dir / f"{machine_id}.ext4"

@@ -26,8 +26,9 @@ from emberbox.node.preparing import Preparing
 from emberbox.node.records import Records, write_file
 from emberbox.node.slots import Slots
 from emberbox.node.snapshots import Snapshots
+from emberbox.node.spares import Spares
 from emberbox.node.tasks import Tasks
-from emberbox.runtime.base import Runtime
+from emberbox.runtime.base import KeepsSpares, Runtime
 from emberbox.settings import Settings
 
 log = structlog.get_logger("emberbox.node")
@@ -51,9 +52,20 @@ class Node:
         self._tasks = Tasks()
         self.events = Events()
         self.logs = SandboxLogs(self.directory / "logs", keep_seconds=settings.logs_keep_seconds)
+        self.spares = (
+            Spares(
+                slots,
+                runtime,
+                self.directory / "machines",
+                count=settings.spares,
+                busy=lambda: self.hosting.starting > 0 or self.machines.counts.starting > 0,
+            )
+            if isinstance(runtime, KeepsSpares)
+            else None
+        )
         self.hosting = Hosting(
             runtime,
-            slots,
+            self.spares or slots,
             disks,
             self.directory,
             time_scale=settings.time_scale,
@@ -111,6 +123,8 @@ class Node:
         self._tasks.start(self.machines.deadlines.run(), name="deadlines")
         self._tasks.start(self.metrics.run(), name="metrics")
         self._tasks.start(self._tend(), name="tend")
+        if self.spares is not None:
+            self.spares.start()
         self._ready = True
         ms = round((time.monotonic() - began) * 1000)
         log.info("node.started", adopted=len(adopted.machines), swept=removed, runtime=self.runtime.name, ms=ms)
@@ -173,6 +187,8 @@ class Node:
         await self.machines.close()
         await self.preparing.close()
         await self.pool.close()
+        if self.spares is not None:
+            await self.spares.close()
         await self.slots.close()
         await self.runtime.close()
         if self._lock is not None:

@@ -6,6 +6,7 @@ A runtime knows one way to isolate (`container`, `firecracker`). It is handed a 
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -54,6 +55,13 @@ class Slot:
     """Where the agent and the user's ports answer, seen from the host."""
     tap: str | None = None
     """Name of the tap inside the namespace, for microVMs."""
+    spare: str = ""
+    """ID of the machine whose process waits in this slot already; empty when none does."""
+
+
+def new_machine_id() -> str:
+    """An ID that no machine of the node has, of 17 characters."""
+    return f"m{secrets.token_hex(8)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,3 +201,24 @@ class Runtime(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+@runtime_checkable
+class KeepsSpares(Protocol):
+    """A runtime whose machines each have a process that can be started before it is known what it will run."""
+
+    async def make_spare(self, machine_id: str, directory: Path, slot: Slot) -> None:
+        """Start the process of a machine. `start` or `restore` of a spec with this ID, directory and slot uses it.
+
+        Raises:
+            RuntimeFailure: it could not be started; nothing of it is left.
+        """
+        ...
+
+    async def end_spare(self, machine_id: str) -> None:
+        """End a process that no machine was started with. Does nothing for any other ID.
+
+        Raises:
+            RuntimeFailure: something of it cannot be removed.
+        """
+        ...

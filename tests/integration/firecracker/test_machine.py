@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from emberbox.linux import sparse
-from emberbox.runtime.base import Machine, MachineSpec, Rates, Runtime, Saved
+from emberbox.linux import processes, sparse
+from emberbox.runtime.base import KeepsSpares, Machine, MachineSpec, Rates, Runtime, Saved
 from emberbox.runtime.errors import MachineGone, RuntimeFailure, SavedDamaged
 from emberbox.runtime.firecracker import snapshots
 from emberbox.runtime.firecracker.errors import ApiError
@@ -44,6 +45,23 @@ def left_over(spec: MachineSpec, instance: str) -> list[str]:
     return found
 
 
+def firecrackers(instance: str) -> list[int]:
+    """Pids in the control groups of the instance's machines."""
+    groups = (*Path("/sys/fs/cgroup").glob(f"{instance}/*/"), *Path("/sys/fs/cgroup/cpu").glob(f"{instance}/*/"))
+    return [int(line) for group in groups for line in (group / "cgroup.procs").read_text().split()]
+
+
+def memory_limit(group: str) -> int:
+    """Bytes that a control group may have."""
+    if cgroup_version() == 2:
+        return int(Path("/sys/fs/cgroup", group, "memory.max").read_text())
+    return int(Path("/sys/fs/cgroup/memory", group, "memory.limit_in_bytes").read_text())
+
+
+def call(*command: str) -> None:
+    subprocess.run(command, check=True, timeout=30)
+
+
 def not_a_zombie(process: Path) -> bool:
     return "State:\tZ" not in (process / "status").read_text()
 
@@ -64,6 +82,7 @@ async def saved_machine(runtime: FirecrackerRuntime, spec: MachineSpec, into: Pa
 
 def test_it_is_what_the_protocol_asks(runtime: FirecrackerRuntime) -> None:
     assert isinstance(runtime, Runtime)
+    assert isinstance(runtime, KeepsSpares)
     assert runtime.capabilities.memory_snapshots
 
 
@@ -95,13 +114,106 @@ async def test_the_control_group_bounds_memory_and_cpu(
 
     group = f"{instance}/{spec.machine_id}"
     if cgroup_version() == 2:
-        memory = Path("/sys/fs/cgroup", group, "memory.max")
         assert Path("/sys/fs/cgroup", group, "cpu.max").read_text() == "200000 100000\n"
     else:
-        memory = Path("/sys/fs/cgroup/memory", group, "memory.limit_in_bytes")
         assert Path("/sys/fs/cgroup/cpu", group, "cpu.cfs_quota_us").read_text() == "200000\n"
-    assert int(memory.read_text()) == (256 + 128) * 1024 * 1024
+    assert memory_limit(group) == (256 + 128) * 1024 * 1024
     await machine.destroy()
+
+
+async def test_a_spare_becomes_the_machine_with_its_limits(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, instance: str, tmp_path: Path
+) -> None:
+    saved = await saved_machine(runtime, new_spec("first", memory_mb=192, cpu_count=2), tmp_path / "saved")
+    spec = new_spec("m2", memory_mb=192, cpu_count=2)
+    await runtime.make_spare(spec.machine_id, spec.directory, spec.slot)
+    (waiting,) = firecrackers(instance)
+
+    machine = await runtime.restore(spec, saved)
+
+    pid = machine.record()["pid"]
+    status = status_of(pid)
+    assert pid == waiting
+    assert (set(status["Uid"].split()), status["CapEff"], status["Seccomp"]) == (
+        {str(1_900_000_000 + spec.slot.index)},
+        "0000000000000000",
+        "2",
+    )
+    assert memory_limit(f"{instance}/{spec.machine_id}") == (192 + 128) * 1024 * 1024
+    await machine.pause()
+    await machine.resume()
+    await runtime.end_spare(spec.machine_id)  # what has become a machine is not a spare any more
+    assert await machine.alive()
+    await machine.destroy()
+    assert left_over(spec, instance) == []
+
+
+async def test_a_spare_that_died_is_replaced_by_a_fresh_firecracker(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, instance: str
+) -> None:
+    spec = new_spec()
+    await runtime.make_spare(spec.machine_id, spec.directory, spec.slot)
+    (waiting,) = firecrackers(instance)
+    identity = processes.identify(waiting)
+    assert identity is not None
+    processes.end_and_wait(identity, 30)
+
+    machine = await runtime.start(spec)
+
+    assert machine.record()["pid"] != waiting
+    assert await machine.alive()
+    await machine.destroy()
+    assert left_over(spec, instance) == []
+
+
+async def test_files_that_a_spare_cannot_have_get_a_fresh_firecracker(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, instance: str, tmp_path: Path
+) -> None:
+    spec = new_spec()
+    await runtime.make_spare(spec.machine_id, spec.directory, spec.slot)
+    (waiting,) = firecrackers(instance)
+    other = tmp_path / "other"
+    other.mkdir()
+    await asyncio.to_thread(call, "mount", "-t", "tmpfs", "none", str(other))
+    try:
+        layer = other / "layer.erofs"
+        layer.write_bytes(spec.layers[0].read_bytes())
+
+        machine = await runtime.start(replace(spec, layers=(layer,)))
+
+        assert machine.record()["pid"] != waiting
+        assert firecrackers(instance) == [machine.record()["pid"]]
+        await machine.destroy()
+    finally:
+        await asyncio.to_thread(call, "umount", str(other))
+    assert left_over(spec, instance) == []
+
+
+async def test_a_spare_that_nobody_took_is_ended_or_swept(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, instance: str
+) -> None:
+    ended, swept = new_spec("ended"), new_spec("swept")
+    for spec in (ended, swept):
+        await runtime.make_spare(spec.machine_id, spec.directory, spec.slot)
+
+    await runtime.end_spare("ended")
+    left = [one for one in left_over(ended, instance) if not one.endswith("/swept")]
+    found = await runtime.sweep(frozenset())
+
+    assert left == []
+    assert "microVM swept" in found
+    assert (left_over(swept, instance), firecrackers(instance)) == ([], [])
+
+
+async def test_a_spare_in_a_slot_that_is_gone_fails_and_leaves_nothing(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, instance: str
+) -> None:
+    spec = new_spec()
+
+    with pytest.raises(RuntimeFailure, match="jailer"):
+        await runtime.make_spare(spec.machine_id, spec.directory, replace(spec.slot, netns="nowhere"))
+
+    assert left_over(spec, instance) == []
 
 
 async def test_destroy_leaves_nothing_and_may_be_repeated(

@@ -306,11 +306,18 @@ class World:
     slots: FakeSlots = field(default_factory=FakeSlots)
     warm_max: int = 0
     max_machines: int = 50
+    spares: int = 0
     boot_id: str = "boot1"
     node: Node = field(init=False)
 
     async def start(self) -> Node:
-        settings = Settings(data_dir=self.directory, warm_min=1, warm_max=self.warm_max, max_machines=self.max_machines)
+        settings = Settings(
+            data_dir=self.directory,
+            warm_min=1,
+            warm_max=self.warm_max,
+            max_machines=self.max_machines,
+            spares=self.spares,
+        )
         self.node = Node(settings, self.runtime, self.slots, FakeDisks(), boot_id=self.boot_id)  # type: ignore[arg-type]
         await self.node.start()
         return self.node

@@ -27,6 +27,9 @@ SOCKET = "api.sock"
 OUT = "out"
 """Folder in the jail that the machine's user may write: snapshots are put there."""
 
+NOT_LINKED = (errno.EXDEV, errno.EMLINK, errno.EPERM)
+"""What a hard link fails with when a mount would do."""
+
 # Firecracker's own memory beside the guest's: code, device buffers, page tables, and the page cache of its files.
 _OVERHEAD_MB = 128
 _CPU_PERIOD_US = 100_000
@@ -72,11 +75,18 @@ class Jail:
         self.out.mkdir(mode=0o700)
         os.chown(self.out, self.user, self.user)
 
-    def provide(self, source: Path, name: str, *, writable: bool = False) -> str:
+    def provide(self, source: Path, name: str, *, writable: bool = False, link_only: bool = False) -> str:
         """Make `source` visible in the jail as `/name` and return that path.
 
         A hard link where both lie on one file system, else a bind mount. A writable file is given to the machine's
         user; a read-only one must be readable for everybody (the folders above it are closed instead).
+
+        Args:
+            link_only: Firecracker runs already, with mounts of its own, and would not see a new one.
+
+        Raises:
+            OSError: it cannot be linked (see `NOT_LINKED`) and `link_only` is set, or it is not there.
+            JailerError: it cannot be mounted.
         """
         target = self.root / name
         if writable:
@@ -87,7 +97,7 @@ class Jail:
         try:
             os.link(source, target)
         except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EMLINK, errno.EPERM):
+            if link_only or error.errno not in NOT_LINKED:
                 raise
             target.touch()
             _mount("--bind", str(source), str(target))
@@ -160,6 +170,14 @@ class Jail:
             processes.reap(child.pid)
             raise JailerError(f"the jailer ended at once: {self.last_words()}")
         return identity
+
+    def set_limits(self, limits: Limits) -> None:
+        """Change what the processes in the jail may use."""
+        for setting in cgroup_settings(cgroup_version(), limits):
+            name, _, value = setting.partition("=")
+            for file in (folder / name for folder in self.cgroups()):
+                if file.exists():  # on version 1 each controller has its own hierarchy
+                    file.write_text(value)
 
     def last_words(self, size: int = 2000) -> str:
         """Return the end of what Firecracker and the guest's kernel printed."""

@@ -7,7 +7,7 @@ import contextlib
 import ctypes
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import structlog
 
 from emberbox.linux import processes
-from emberbox.runtime.base import Capabilities, MachineSpec, Saved
+from emberbox.runtime.base import Capabilities, Limits, MachineSpec, Saved, Slot
 from emberbox.runtime.errors import RuntimeFailure, SavedDamaged
 from emberbox.runtime.firecracker import balloon, guest, jail, snapshots, working_set
 from emberbox.runtime.firecracker.api import Deadlines, Drive, Firecracker, NetworkInterface
@@ -32,6 +32,8 @@ _PR_SET_THP_DISABLE = 41
 _END_SECONDS = 10.0
 _MERGE_AFTER_SECONDS = 2.0
 """A machine that is resumed at once, or ended at once, is spared the work."""
+_SPARE_LIMITS = Limits(cpu_count=1, memory_mb=0, disk_size_mb=0)
+"""Of a Firecracker that has no guest yet."""
 _KERNEL, _INITRAMFS, _UPPER, _STATE, _MEMORY = "kernel", "initramfs", "upper", "state", "memory"
 
 
@@ -48,8 +50,30 @@ class FirecrackerSettings:
     time_scale: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file that a machine has in its jail."""
+
+    source: Path
+    name: str
+    writable: bool = False
+
+
+@dataclass(slots=True)
+class _Held:
+    """A jail with the Firecracker in it, once there is one."""
+
+    cell: Jail
+    api: Firecracker
+    identity: processes.ProcessId | None = None
+
+    def require(self) -> processes.ProcessId:
+        assert self.identity is not None
+        return self.identity
+
+
 class FirecrackerRuntime:
-    """Implements `runtime.base.Runtime`. Needs root, /dev/kvm and /dev/net/tun."""
+    """Implements `runtime.base.Runtime` and `KeepsSpares`. Needs root, /dev/kvm and /dev/net/tun."""
 
     name = NAME
     capabilities = Capabilities(
@@ -61,6 +85,7 @@ class FirecrackerRuntime:
         self._version = version
         self._deadlines = Deadlines().scaled(settings.time_scale)
         self._trusted = snapshots.Trusted()
+        self._spares: dict[str, _Held] = {}
         self._folders: WeakValueDictionary[tuple[int, int], asyncio.Lock] = WeakValueDictionary()
         self._merging: set[asyncio.Task[None]] = set()
         self._one_merge = asyncio.Semaphore(1)
@@ -79,7 +104,8 @@ class FirecrackerRuntime:
     # ---- the protocol ----
 
     async def start(self, spec: MachineSpec) -> MicroVM:
-        async with self._jailed(spec) as (cell, identity, api):
+        async with self._jailed(spec) as held:
+            api = held.api
             await api.set_machine(cpu_count=spec.limits.cpu_count, memory_mb=spec.limits.memory_mb)
             await api.set_boot(kernel=f"/{_KERNEL}", initramfs=f"/{_INITRAMFS}", command_line=guest.command_line(spec))
             # Each drive has buckets of its own; a restore brings them as they were when the machine was saved.
@@ -93,7 +119,7 @@ class FirecrackerRuntime:
             chain = self._chain(spec)
             await asyncio.to_thread(chain.begin)
             await api.start()
-        return self._machine(spec, cell, identity, api, chain, paused=False)
+        return self._machine(spec, held, paused=False)
 
     async def restore(self, spec: MachineSpec, saved: Saved) -> MicroVM:
         """Load a saved machine. It runs when this returns, with the clock and identity of the moment it was saved."""
@@ -107,10 +133,10 @@ class FirecrackerRuntime:
         await asyncio.to_thread(working_set.read_ahead, memory, saved.directory)
         links = {_STATE: saved.directory / snapshots.STATE, _MEMORY: memory}
         prepared = time.perf_counter()
-        async with self._jailed(spec, links) as (cell, identity, api):
+        async with self._jailed(spec, links) as held:
             jailed = time.perf_counter()
             try:
-                await api.load_snapshot(state=f"/{_STATE}", memory=f"/{_MEMORY}", resume=True)
+                await held.api.load_snapshot(state=f"/{_STATE}", memory=f"/{_MEMORY}", resume=True)
             except ApiError as error:
                 raise RuntimeFailure(
                     f"the machine saved by Firecracker {manifest.firecracker} cannot be restored by "
@@ -124,24 +150,23 @@ class FirecrackerRuntime:
             load_ms=round((time.perf_counter() - jailed) * 1000, 1),
         )
         note_into = None if working_set.is_known(saved.directory) else saved.directory
-        machine = self._machine(spec, cell, identity, api, chain, paused=False, note_into=note_into)
+        machine = self._machine(spec, held, paused=False, note_into=note_into)
         machine.shorten_soon()
         return machine
 
     async def adopt(self, spec: MachineSpec, record: dict[str, Any]) -> MicroVM | None:
-        cell = self._cell(spec)
-        identity = processes.ProcessId(int(record["pid"]), int(record["started"]))
-        if not processes.is_alive(identity):
-            await asyncio.to_thread(cell.remove)
+        held = self._held(spec.machine_id, spec.directory, spec.slot)
+        held.identity = processes.ProcessId(int(record["pid"]), int(record["started"]))
+        if not processes.is_alive(held.identity):
+            await asyncio.to_thread(held.cell.remove)
             return None
-        api = Firecracker(cell.root, SOCKET, self._deadlines)
         try:
-            state = await api.state()
+            state = await held.api.state()
         except (ApiError, ApiUnreachable) as error:
             log.warning("microvm.not_adopted", machine_id=spec.machine_id, reason=str(error))
-            await asyncio.to_thread(_end, identity, cell)
+            await asyncio.to_thread(_end, held)
             return None
-        machine = self._machine(spec, cell, identity, api, self._chain(spec), paused=state == "Paused")
+        machine = self._machine(spec, held, paused=state == "Paused")
         await machine.settle()
         if spec.limits.rates.limit_disk:  # the last node may have ended in a flush, for which they are lifted
             try:
@@ -161,6 +186,19 @@ class FirecrackerRuntime:
         for task in list(self._merging):
             task.cancel()
         await asyncio.gather(*self._merging, return_exceptions=True)
+
+    # ---- spares ----
+
+    async def make_spare(self, machine_id: str, directory: Path, slot: Slot) -> None:
+        async with _undone_on_failure(self._held(machine_id, directory, slot)) as held:
+            await to_thread_whole(self._lock_in, held, slot, _SPARE_LIMITS, ())
+            await _wait_until_ready(held)
+        self._spares[machine_id] = held
+
+    async def end_spare(self, machine_id: str) -> None:
+        held = self._spares.pop(machine_id, None)
+        if held is not None:
+            await to_thread_whole(_end, held)
 
     # ---- saved machines ----
 
@@ -206,70 +244,66 @@ class FirecrackerRuntime:
     # ---- machines ----
 
     @contextlib.asynccontextmanager
-    async def _jailed(
-        self, spec: MachineSpec, links: dict[str, Path] | None = None
-    ) -> AsyncIterator[tuple[Jail, processes.ProcessId, Firecracker]]:
+    async def _jailed(self, spec: MachineSpec, links: dict[str, Path] | None = None) -> AsyncIterator[_Held]:
         """A fresh Firecracker in its jail with the machine's files; undone when the block fails.
 
         Args:
             links: what it reads besides the disks, by name in the jail; the boot files when None.
         """
-        cell = self._cell(spec)
-        identity: processes.ProcessId | None = None
-        try:
-            identity = await asyncio.to_thread(self._lock_in, cell, spec, links or self._boot_links())
-            api = Firecracker(cell.root, SOCKET, self._deadlines)
-            await _wait_until_ready(api, identity, cell)
-            yield cell, identity, api
-        except BaseException as error:
-            words = cell.last_words(600)
-            await asyncio.shield(asyncio.to_thread(_end, identity, cell))
-            if isinstance(error, FirecrackerError):
-                raise RuntimeFailure(f"the microVM did not start: {error}; its console: {words}") from error
-            if isinstance(error, OSError):
-                raise RuntimeFailure(f"the microVM's files could not be laid out: {error}") from error
-            raise
+        files = [_File(source, name) for name, source in (links or self._boot_links()).items()]
+        files += [_File(layer, f"layer{number}") for number, layer in enumerate(spec.layers)]
+        files.append(_File(spec.upper, _UPPER, writable=True))
+        async with _undone_on_failure(self._held(spec.machine_id, spec.directory, spec.slot)) as held:
+            if not await self._use_spare(held, files, spec.limits):
+                await to_thread_whole(self._lock_in, held, spec.slot, spec.limits, files)
+                await _wait_until_ready(held)
+            yield held
 
-    def _lock_in(self, cell: Jail, spec: MachineSpec, links: dict[str, Path]) -> processes.ProcessId:
-        cell.create()
-        for name, source in links.items():
-            cell.provide(source, name)
-        for number, layer in enumerate(spec.layers):
-            cell.provide(layer, f"layer{number}")
-        cell.provide(spec.upper, _UPPER, writable=True)
-        return cell.spawn(self.settings.binaries, spec.slot.netns, spec.limits)
+    async def _use_spare(self, held: _Held, files: list[_File], limits: Limits) -> bool:
+        """Give the files to a Firecracker that waits for this machine; false when none does, or it cannot have them."""
+        spare = self._spares.pop(held.cell.machine_id, None)
+        if spare is None:
+            return False
+        held.identity = spare.identity
+        if processes.is_alive(held.require()):
+            try:
+                await to_thread_whole(_furnish, held, files, limits)
+                return True
+            except OSError as error:
+                if error.errno not in jail.NOT_LINKED:
+                    raise
+        await to_thread_whole(_end, held)
+        held.identity = None
+        return False
+
+    def _lock_in(self, held: _Held, slot: Slot, limits: Limits, files: Iterable[_File]) -> None:
+        held.cell.create()
+        for file in files:
+            held.cell.provide(file.source, file.name, writable=file.writable)
+        held.identity = held.cell.spawn(self.settings.binaries, slot.netns, limits)
 
     def _boot_links(self) -> dict[str, Path]:
         return {_KERNEL: self.settings.guest.kernel, _INITRAMFS: self.settings.guest.initramfs}
 
-    def _cell(self, spec: MachineSpec) -> Jail:
-        return Jail(
-            machine_id=spec.machine_id,
-            base=spec.directory / "jail",
-            user=self.settings.first_user + spec.slot.index,
+    def _held(self, machine_id: str, directory: Path, slot: Slot) -> _Held:
+        cell = Jail(
+            machine_id=machine_id,
+            base=directory / "jail",
+            user=self.settings.first_user + slot.index,
             cgroup_parent=self.settings.binaries.cgroup_parent,
         )
+        return _Held(cell, Firecracker(cell.root, SOCKET, self._deadlines))
 
     def _chain(self, spec: MachineSpec) -> Chain:
         return Chain(spec.directory / "memory")
 
-    def _machine(
-        self,
-        spec: MachineSpec,
-        cell: Jail,
-        identity: processes.ProcessId,
-        api: Firecracker,
-        chain: Chain,
-        *,
-        paused: bool,
-        note_into: Path | None = None,
-    ) -> MicroVM:
+    def _machine(self, spec: MachineSpec, held: _Held, *, paused: bool, note_into: Path | None = None) -> MicroVM:
         return MicroVM(
             spec,
-            cell,
-            identity,
-            api,
-            chain,
+            held.cell,
+            held.require(),
+            held.api,
+            self._chain(spec),
             firecracker_version=self._version,
             trusted=self._trusted,
             paused=paused,
@@ -293,14 +327,29 @@ class FirecrackerRuntime:
         return removed
 
 
-async def _wait_until_ready(api: Firecracker, identity: processes.ProcessId, cell: Jail) -> None:
+@contextlib.asynccontextmanager
+async def _undone_on_failure(held: _Held) -> AsyncIterator[_Held]:
+    """End what is held when the block fails, and say it with Firecracker's last words."""
+    try:
+        yield held
+    except BaseException as error:
+        words = held.cell.last_words(600)
+        await asyncio.shield(asyncio.to_thread(_end, held))
+        if isinstance(error, FirecrackerError):
+            raise RuntimeFailure(f"the microVM did not start: {error}; its console: {words}") from error
+        if isinstance(error, OSError):
+            raise RuntimeFailure(f"the microVM's files could not be laid out: {error}") from error
+        raise
+
+
+async def _wait_until_ready(held: _Held) -> None:
     """Return when the API answers; a jailer that gives up is noticed at once, with its words."""
-    ready = asyncio.create_task(api.wait_until_ready())
-    ended = asyncio.create_task(processes.wait_for_end(identity))
+    ready = asyncio.create_task(held.api.wait_until_ready())
+    ended = asyncio.create_task(processes.wait_for_end(held.require()))
     try:
         await asyncio.wait({ready, ended}, return_when=asyncio.FIRST_COMPLETED)
         if ended.done() and not ready.done():
-            raise JailerError(f"the jailer gave up: {cell.last_words(600)}")
+            raise JailerError(f"the jailer gave up: {held.cell.last_words(600)}")
         await ready
     finally:
         for task in (ready, ended):
@@ -308,11 +357,19 @@ async def _wait_until_ready(api: Firecracker, identity: processes.ProcessId, cel
         await asyncio.gather(ready, ended, return_exceptions=True)
 
 
-def _end(identity: processes.ProcessId | None, cell: Jail) -> None:
+def _furnish(held: _Held, files: Iterable[_File], limits: Limits) -> None:
+    """Put files into a jail in which Firecracker runs already, and set what it may use."""
+    for file in files:
+        held.cell.provide(file.source, file.name, writable=file.writable, link_only=True)
+    held.cell.set_limits(limits)
+
+
+def _end(held: _Held) -> None:
+    identity = held.identity
     if identity is not None and not processes.end_and_wait(identity, _END_SECONDS):
-        log.error("microvm.does_not_end", machine_id=cell.machine_id, pid=identity.pid)
+        log.error("microvm.does_not_end", machine_id=held.cell.machine_id, pid=identity.pid)
         return
-    cell.remove()
+    held.cell.remove()
 
 
 def _tap(spec: MachineSpec) -> str:
