@@ -53,11 +53,11 @@ def data(closed: Path) -> Path:
 
 
 def run(
-    script: str, *, writable: list[Path], low_ports: bool = False, **variables: str
+    script: str, *, writable: list[Path], readable: list[Path] | None = None, low_ports: bool = False, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-P", "-c", script]
     return subprocess.run(
-        launch.command(USER, program, writable=writable, low_ports=low_ports),
+        launch.command(USER, program, writable=writable, readable=readable or [], low_ports=low_ports),
         env={**launch.environment(os.environ), **variables},
         cwd="/",
         capture_output=True,
@@ -97,6 +97,27 @@ def test_what_else_lies_in_the_closed_directory_does_not_exist_for_it(closed: Pa
     script = f"print(json.dumps([os.listdir({str(closed)!r}), os.path.exists({str(closed / 'secret')!r})]))"
 
     assert answer(script, writable=[data]) == [["data"], False]
+
+
+def test_what_it_reads_below_a_closed_directory_is_there_and_cannot_be_written(closed: Path, data: Path) -> None:
+    folder = closed / "templates"
+    folder.mkdir()
+    (folder / "one").write_text("a template")
+    os.chown(folder / "one", UID, UID)
+    script = f"""
+text = open({str(folder / "one")!r}).read()
+try:
+    open({str(folder / "one")!r}, "a")
+    error = 0
+except OSError as caught:
+    error = caught.errno
+print(json.dumps([text, error]))
+"""
+
+    text, error = answer(script, writable=[data], readable=[folder])
+
+    assert text == "a template"
+    assert os.strerror(error) == "Read-only file system"
 
 
 def test_code_below_a_closed_directory_runs_and_cannot_be_written(closed: Path, data: Path) -> None:

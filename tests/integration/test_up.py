@@ -36,6 +36,9 @@ pytestmark = [
 ROLES = ("node", "edge", "api")
 
 
+TEMPLATES = Path(__file__).resolve().parent.parent / "clients" / "shipped"
+
+
 @dataclass(frozen=True)
 class Instance:
     """An Emberbox of these tests' own, below a directory that only root can enter."""
@@ -100,6 +103,9 @@ def stopped() -> Iterator[Instance]:
     environment = {"EMBERBOX_SLOT_NETWORK": claim_slot_network(str(base)), "EMBERBOX_RUNTIME": "container"}
     if has_custom_ca():
         environment["EMBERBOX_INHERIT_HOST_NETWORK"] = "true"
+    # As a checkout below /root has it: the api's user cannot enter what lies above.
+    shutil.copytree(TEMPLATES, base / "templates")
+    environment["EMBERBOX_TEMPLATES_DIR"] = str(base / "templates")
     instance = Instance(base / "data", (api_port, edge_port), environment)
     yield instance
     instance.emberbox("down")
@@ -197,6 +203,11 @@ def test_roles_of_a_killed_supervisor_are_found_and_replaced_and_the_sandbox_goe
     assert all(processes.identify(before[role]) is None for role in ROLES)
     assert set(after) == set(before)
     until(lambda: running.health_of(sandbox_id) == 204)
+
+
+def test_templates_below_a_closed_directory_are_shipped(running: Instance) -> None:
+    with running.api() as api:
+        assert api.get("/shipped-templates").json() == ["hello"]
 
 
 def test_keys_are_made_listed_and_deleted(running: Instance) -> None:

@@ -93,17 +93,21 @@ def command(
     program: Sequence[str],
     *,
     writable: Iterable[Path] = (),
+    readable: Iterable[Path] = (),
     low_ports: bool = False,
 ) -> list[str]:
     """The command line that starts `program` as `user`; to be run as root.
 
     Args:
         writable: directories of the program's own, that the user owns.
+        readable: what it reads besides the Python code.
         low_ports: the program may bind ports below 1024.
     """
     words = [sys.executable, "-P", "-m", "emberbox.cli.launch", "--user", user]
     for path in writable:
         words += ["--writable", str(path)]
+    for path in readable:
+        words += ["--readable", str(path)]
     if low_ports:
         words.append("--low-ports")
     return [*words, "--", *program]
@@ -276,12 +280,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="emberbox.cli.launch", allow_abbrev=False)
     parser.add_argument("--user", required=True)
     parser.add_argument("--writable", action="append", default=[], type=Path)
+    parser.add_argument("--readable", action="append", default=[], type=Path)
     parser.add_argument("--low-ports", action="store_true")
     parser.add_argument("program", nargs="+")
     asked = parser.parse_args(arguments)
     try:
         account = Account.named(asked.user)
-        trees = [Tree(p, writable=True) for p in asked.writable] + python_trees()
+        trees = [Tree(p, writable=True) for p in asked.writable] + [Tree(p) for p in asked.readable] + python_trees()
         enter(account, plan(account, trees))
         become(account, low_ports=asked.low_ports)
     except LaunchFailed as error:

@@ -13,6 +13,7 @@ from urllib.request import ProxyHandler, build_opener
 
 from emberbox.cli import launch, node_client
 from emberbox.cli.state import as_environment
+from emberbox.control.shipped_folder import shipped_folder
 from emberbox.settings import Settings
 
 ROLE_NAMES = ("node", "edge", "api")
@@ -44,6 +45,7 @@ def role(name: str, settings: Settings) -> Role:
             settings.api_user,
             program,
             writable=[own, settings.run_dir],
+            readable=_templates(settings) if name == "api" else [],
             low_ports=any(port < 1024 for port in ports),
         )
         environment = launch.environment(environment)
@@ -54,6 +56,12 @@ def role(name: str, settings: Settings) -> Role:
         log=log_path(settings, name),
         ready=lambda: READY[name](settings),
     )
+
+
+def _templates(settings: Settings) -> list[Path]:
+    """The folder of the shipped templates: in a checkout it lies beside the code, not in it."""
+    folder = (settings.templates_dir or shipped_folder()).absolute()
+    return [folder] if folder.is_dir() else []
 
 
 def log_path(settings: Settings, name: str) -> Path:
