@@ -22,6 +22,7 @@ from tests.lab.recipe import RecipeError, build, say  # noqa: E402
 
 API_PORT = 3000
 EDGE_PORT = 3002
+FORWARDED = [API_PORT, EDGE_PORT]
 IN_EMBERBOX = ". /usr/lib/emberbox-lab/environment && .venv/bin/python -m"
 START_SECONDS = 600
 TEST_SCALE = "15"
@@ -74,20 +75,44 @@ def _parser() -> argparse.ArgumentParser:
 def _up(args: argparse.Namespace) -> int:
     image = build(args.suite, install=not args.bare)
     lab = Lab()
-    lab.up(image, memory_mb=args.memory, cpus=args.cpus, forward=[API_PORT, EDGE_PORT], deadline=args.deadline)
+    lab.up(image, memory_mb=args.memory, cpus=args.cpus, forward=FORWARDED, deadline=args.deadline)
     if args.bare:
         return 0
+    _print(start_emberbox(lab))
+    return 0
+
+
+def start_emberbox(lab: Lab) -> dict[str, str]:
+    """Start Emberbox in the lab and return the variables for clients on this machine.
+
+    Raises:
+        LabError: it did not start; the lab is left running.
+    """
     say("starting Emberbox")
     started = time.monotonic()
     done = lab.shell(f"{IN_EMBERBOX} emberbox up --detach >&2", timeout=START_SECONDS)
     if done.returncode != 0:
         raise LabError("Emberbox did not start in the lab, which is left running: see 'lab.py shell', 'lab.py down'")
     say(f"Emberbox is ready after {time.monotonic() - started:.0f} s")
-    return _env(args)
+    return client_variables(lab)
 
 
 def _env(_: argparse.Namespace) -> int:
-    lab = Lab()
+    _print(client_variables(Lab()))
+    return 0
+
+
+def _print(variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+def client_variables(lab: Lab) -> dict[str, str]:
+    """What clients on this machine need, and the scale of the tests' times.
+
+    Raises:
+        LabError: no Emberbox runs there.
+    """
     done = lab.shell(f"{IN_EMBERBOX} emberbox env --json", capture=True, timeout=120)
     boot = lab.running()
     if done.returncode != 0 or boot is None:
@@ -95,9 +120,7 @@ def _env(_: argparse.Namespace) -> int:
     variables = json.loads(done.stdout)
     variables["E2B_API_URL"] = f"http://127.0.0.1:{boot.ports[str(API_PORT)]}"
     variables["E2B_SANDBOX_URL"] = f"http://127.0.0.1:{boot.ports[str(EDGE_PORT)]}"
-    for name, value in {**variables, "EMBERBOX_TEST_SCALE": TEST_SCALE}.items():
-        print(f"export {name}={shlex.quote(value)}")
-    return 0
+    return {**variables, "EMBERBOX_TEST_SCALE": TEST_SCALE}
 
 
 def _image(args: argparse.Namespace) -> int:

@@ -1,0 +1,111 @@
+"""Boots the lab, runs tests in it and ends it: `python tests/lab/suite.py [--all] [PYTEST ARGUMENT ...]`.
+
+`make test` runs the fast part, within a limit of time; `make test-lab` runs everything. Where a lab cannot be had, or
+dies without Emberbox having a part in it, tests are skipped with the reason; see `limits.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+
+from emberbox.runtime.firecracker.errors import GuestFilesError  # noqa: E402
+from tests.lab import lab as command_line  # noqa: E402
+from tests.lab import limits  # noqa: E402
+from tests.lab.host import Lab, LabError  # noqa: E402
+from tests.lab.recipe import LabImage, RecipeError, build, say  # noqa: E402
+
+FAST = ("tests/lab/test_microvm.py", "tests/clients/test_commands.py", "tests/clients/test_files.py")
+ALL = ("tests/lab", "tests/clients")
+FAST_SECONDS = 1500.0
+"""For all of it: image, boot, tests. The last test that begins may go over it."""
+STATE = Path(tempfile.gettempdir()) / f"emberbox-lab-tests-{os.getuid()}"
+BOOTS = 2
+BOOT_SECONDS = 300.0
+MEMORY_MB = 4096
+MEMORY_NEEDED_MB = 6144
+
+
+class NotStarted(Exception):
+    """Emberbox does not start although the lab works: a failure of the tests, not of the lab."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="suite.py", description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every test, without a limit of time")
+    parser.add_argument("--cpus", type=int, default=1, help="see `lab.py up --help`")
+    args, more = parser.parse_known_args()
+    os.environ["EMBERBOX_LAB_STATE"] = str(STATE)  # a lab that `make lab` started is left alone
+    with STATE.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("no test runs in the lab: another run has it")
+            return 0
+        try:
+            Lab().down()  # of a run that was killed
+            return _run(args, more)
+        except (LabError, RecipeError, GuestFilesError, subprocess.TimeoutExpired) as error:
+            say(f"no test runs in the lab: {error}")
+            return 0
+        except NotStarted as error:
+            say(str(error))
+            return 1
+        finally:
+            Lab().down()
+
+
+def _run(args: argparse.Namespace, more: list[str]) -> int:
+    began = time.monotonic()
+    _refuse_unfit_machine()
+    variables = _living(build("bookworm", install=True), args.cpus)
+    left = [] if args.all else [f"--lab-seconds={FAST_SECONDS - (time.monotonic() - began):.0f}", "-m", "not slow"]
+    words = ["-p", "no:xdist", "-p", "tests.lab.limits", *left, *(ALL if args.all else FAST), *more]
+    command = [sys.executable, "-m", "pytest", *words]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, check=False).returncode
+
+
+def _refuse_unfit_machine() -> None:
+    if platform.machine() != "x86_64":
+        raise LabError(f"the lab emulates an x86-64 machine on one, and this is {platform.machine()}")
+    if os.geteuid() != 0:
+        raise LabError("making the lab's image needs root")
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:") and int(line.split()[1]) < MEMORY_NEEDED_MB << 10:
+            raise LabError(f"it needs {MEMORY_NEEDED_MB} MiB of free memory and this machine has {line.split()[1]} kB")
+
+
+def _living(image: LabImage, cpus: int) -> dict[str, str]:
+    """Boot the lab and start Emberbox there, again when the lab dies of it; returns the variables for clients.
+
+    Raises:
+        NotStarted: Emberbox does not start in a lab that lives.
+        LabError: the lab did not live, twice.
+    """
+    lab = Lab()
+    for _ in range(BOOTS):
+        try:
+            lab.up(image, memory_mb=MEMORY_MB, cpus=cpus, forward=command_line.FORWARDED, deadline=BOOT_SECONDS)
+            return command_line.start_emberbox(lab)
+        except (LabError, subprocess.TimeoutExpired) as error:
+            why = limits.why_dead()
+            if lab.running() is not None and not why:
+                raise NotStarted(str(error)) from error
+            say(f"it died: {why}")
+            lab.down()
+    raise LabError(f"it died in {BOOTS} boots of {BOOTS}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
