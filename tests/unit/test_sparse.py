@@ -47,7 +47,9 @@ def test_a_clone_never_replaces_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "b").read_bytes()[0] == 2
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60, deadline=None
+)
 @given(base=pages, changes=pages)
 def test_changes_laid_over_a_base_win_where_they_have_data(
     tmp_path: Path, base: dict[int, int], changes: dict[int, int]
@@ -70,7 +72,9 @@ def test_a_page_of_zeros_is_data_and_wins(tmp_path: Path) -> None:
     assert not any((tmp_path / "base").read_bytes())
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=40, deadline=None
+)
 @given(content=pages)
 def test_digging_holes_changes_no_byte_and_drops_blocks_of_zeros(tmp_path: Path, content: dict[int, int]) -> None:
     blocks = {number * HOLE_PAGES + page: value for number, value in content.items() for page in range(HOLE_PAGES)}
