@@ -21,6 +21,7 @@ from tests.clients.conftest import end_and_count
 from tests.clients.support import instance
 from tests.clients.support.timing import seconds
 from tests.support.edge import make_certificate
+from tests.support.ports import free_ports
 
 pytestmark = [
     pytest.mark.root,
@@ -41,7 +42,7 @@ try:
     sandbox.files.write("note", "text")
     said["file"] = sandbox.files.read("note")
     said["listed"] = [each.sandbox_id for each in Sandbox.list().next_items()] == [sandbox.sandbox_id]
-    with httpx.Client(http2=True) as client:
+    with httpx.Client(http2=True, timeout=60) as client:
         answer = client.get(f"https://{sandbox.get_host(49983)}/health")
         said["health"] = [answer.status_code, answer.http_version]
     handle = sandbox.commands.run("sleep 1000", background=True, timeout=0)
@@ -55,7 +56,7 @@ try:
     thread.start()
 finally:
     sandbox.kill()
-thread.join(20)
+thread.join(60)
 said["stream"] = ended
 print(json.dumps(said))
 """
@@ -89,7 +90,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("domain")
     folder.chmod(0o755)
     cert, key = make_certificate(folder, f"*.{NAME}")
-    (port,) = instance.free_ports(1)
+    (port,) = free_ports(1)
     domain = f"{NAME}:{port}"
     emberbox = instance.start(
         settings={

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,10 +19,11 @@ from pathlib import Path
 from emberbox.runtime.firecracker import initramfs, kernel
 from tests.support.agent import CONTROL, build
 from tests.support.firecracker import cache_dir, one_at_a_time
+from tests.support.ports import free_ports
 
 NEEDED = ("qemu-system-x86_64", "mkfs.erofs", "mke2fs", "busybox")
 # The agent answers some seconds after power-on; a busy two-core host may take far longer.
-PATIENCE = 240
+PATIENCE = 600
 
 
 def kernel_tree() -> kernel.KernelTree:
@@ -47,9 +47,7 @@ class AgentVM:
     def __init__(self) -> None:
         self._dir = Path(tempfile.mkdtemp(prefix="agent-vm-"))
         self.console = self._dir / "console.log"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+        (self._port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from emberbox.images.references import host_architecture
+from tests.support.ports import free_ports
 
 PROGRAMS = (
     *("bash", "sh", "cat", "chmod", "chown", "cp", "cut", "date", "dirname", "basename", "echo", "env", "false"),
@@ -183,7 +184,9 @@ def write_layout(
 class LocalRegistry:
     """A registry that runs; from `local_registry`."""
 
-    def __init__(self, host: str, user: str, password: str) -> None:
+    def __init__(self, host: str, user: str, password: str, blobs: Path) -> None:
+        self.blobs = blobs
+        """Where it keeps what was pushed, one folder a digest."""
         self.host = host
         """`127.0.0.1:<port>`: what image names begin with, and what `insecure_registries` must list."""
         self.user = user
@@ -211,7 +214,7 @@ class LocalRegistry:
         credentials = ["--dest-creds", f"{self.user}:{self.password}"] if self.user else []
         target = f"docker://{self.name(repository, tag)}"
         argv = ["skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false", *credentials]
-        subprocess.run([*argv, f"oci:{place}:image", target], check=True, timeout=120)
+        subprocess.run([*argv, f"oci:{place}:image", target], check=True, timeout=300)
 
     def put(self, path: str, data: bytes, kind: str) -> None:
         """PUT to the registry itself, for what skopeo would not push (indexes, odd manifests)."""
@@ -219,7 +222,7 @@ class LocalRegistry:
             f"http://{self.host}{path}", data=data, headers={"Content-Type": kind}, method="PUT"
         )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=30) as answer:
+        with opener.open(request, timeout=60) as answer:
             assert answer.status in (200, 201, 202)
 
 
@@ -236,42 +239,38 @@ def local_registry(*, user: str = "", password: str = "") -> Iterator[LocalRegis
             (place / "htpasswd").write_text(made)
             auth = f"auth:\n  htpasswd:\n    realm: tests\n    path: {place}/htpasswd\n"
         with _running(place, auth) as host:
-            yield LocalRegistry(host, user, password)
+            yield LocalRegistry(host, user, password, place / "data/docker/registry/v2/blobs")
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _running(place: Path, auth: str) -> Iterator[str]:
-    for _ in range(5):  # a port may be taken between its choice and its use
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            host = f"127.0.0.1:{probe.getsockname()[1]}"
-        (place / "config.yml").write_text(
-            f"version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {place}/data}}\n"
-            f"  delete: {{enabled: true}}\nhttp: {{addr: '{host}'}}\n{auth}"
+    host = f"127.0.0.1:{free_ports(1)[0]}"
+    (place / "config.yml").write_text(
+        f"version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {place}/data}}\n"
+        f"  delete: {{enabled: true}}\nhttp: {{addr: '{host}'}}\n{auth}"
+    )
+    with (place / "log").open("wb") as log:
+        process = subprocess.Popen(
+            ["docker-registry", "serve", str(place / "config.yml")], stdout=log, stderr=subprocess.STDOUT
         )
-        with (place / "log").open("wb") as log:
-            process = subprocess.Popen(
-                ["docker-registry", "serve", str(place / "config.yml")], stdout=log, stderr=subprocess.STDOUT
-            )
+    try:
+        if not _answers(host, lambda: process.poll() is None):
+            raise AssertionError(f"docker-registry does not start: {(place / 'log').read_text()[-2000:]}")
+        yield host
+    finally:
+        process.terminate()
         try:
-            if _answers(host, lambda process=process: process.poll() is None):
-                yield host
-                return
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-    raise AssertionError(f"docker-registry does not start: {(place / 'log').read_text()[-2000:]}")
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _answers(host: str, alive: Callable[[], bool]) -> bool:
     name, _, port = host.partition(":")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and alive():
         with contextlib.suppress(OSError), socket.create_connection((name, int(port)), timeout=1):
             return True

@@ -17,23 +17,27 @@ from emberbox.cli.requirements import (
     check_program,
 )
 from emberbox.settings import Settings
+from tests.support.ports import free_ports
 
 
 def test_a_taken_port_is_named_with_the_option_that_changes_it(tmp_path: Path) -> None:
+    (free,) = free_ports(1)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
 
         with pytest.raises(Unmet) as unmet:
-            check_ports(Settings(data_dir=tmp_path, edge_port=port, api_port=_free_port()))
+            check_ports(Settings(data_dir=tmp_path, edge_port=port, api_port=free))
 
     assert f"port {port} on 127.0.0.1 is taken" in unmet.value.detail
     assert "--edge-port" in unmet.value.remedy
 
 
 def test_free_ports_are_found_free(tmp_path: Path) -> None:
-    assert "free" in check_ports(Settings(data_dir=tmp_path, api_port=_free_port(), edge_port=_free_port()))
+    api_port, edge_port = free_ports(2)
+
+    assert "free" in check_ports(Settings(data_dir=tmp_path, api_port=api_port, edge_port=edge_port))
 
 
 def test_a_missing_program_says_which_package_brings_it() -> None:
@@ -66,9 +70,3 @@ def test_an_optional_requirement_that_is_not_met_is_absent_and_not_missing(tmp_p
 
     assert Requirement("x", unmet).examine(settings).verdict is Verdict.MISSING
     assert Requirement("x", unmet, optional=True).examine(settings).verdict is Verdict.ABSENT
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

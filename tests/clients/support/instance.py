@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.clients.support.timing import seconds
+from tests.support.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[3]
 ENV_NAMES = ("E2B_API_URL", "E2B_SANDBOX_URL", "E2B_API_KEY")
@@ -49,7 +50,7 @@ class Emberbox:
     def from_json(cls, text: str) -> Emberbox:
         return cls(**json.loads(text))
 
-    def command(self, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def command(self, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
         """Run `emberbox` for this instance."""
         return run_emberbox(*arguments, env=self.settings, timeout=timeout)
 
@@ -59,7 +60,7 @@ class Emberbox:
         return json.loads(done.stdout)
 
     def down(self) -> None:
-        done = self.command("down", *self._data_option(), timeout=seconds(120))
+        done = self.command("down", *self._data_option(), timeout=seconds(400))
         assert done.returncode == 0, f"emberbox down failed: {done.stdout}{done.stderr}"
 
     def _data_option(self) -> list[str]:
@@ -91,13 +92,13 @@ def start(*, settings: Mapping[str, str] | None = None) -> Emberbox:
     }
     done = run_emberbox(
         "up", "--detach", "--data", data_dir, "--port", str(api_port), "--edge-port", str(edge_port),
-        env=own, timeout=seconds(600),
+        env=own, timeout=seconds(2000),
     )  # fmt: skip
     if done.returncode != 0:
         logs = _tail_of_logs(Path(data_dir))
         shutil.rmtree(data_dir, ignore_errors=True)
         raise RuntimeError(f"emberbox up failed ({done.returncode}):\n{done.stdout}\n{done.stderr}\n{logs}")
-    exports = run_emberbox("env", "--data", data_dir, env=own, timeout=seconds(60))
+    exports = run_emberbox("env", "--data", data_dir, env=own, timeout=seconds(240))
     values = _parse_exports(exports.stdout)
     missing = [name for name in ENV_NAMES if name not in values]
     if missing:
@@ -112,7 +113,7 @@ def remove(emberbox: Emberbox) -> None:
 
 
 def run_emberbox(
-    *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 60
+    *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("E2B_", "EMBERBOX_"))}
     keep = {name: os.environ[name] for name in os.environ if name.startswith("EMBERBOX_")}
@@ -143,32 +144,24 @@ def _parse_exports(text: str) -> dict[str, str]:
     return values
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
-
 def claim_slot_network(owner: str) -> str:
     """A slot network that no other test run on this host uses. The claim dies with the owner's directory."""
     claims = Path(tempfile.gettempdir()) / "emberbox-test-slot-networks"
     claims.mkdir(exist_ok=True)
-    deadline = time.monotonic() + seconds(300)
+    deadline = time.monotonic() + seconds(900)
     while True:
-        for network in _SLOT_NETWORKS:
-            claim = claims / network.replace("/", "_")
-            if claim.is_symlink() and not Path(os.readlink(claim)).exists():
-                claim.unlink(missing_ok=True)
-            try:
-                claim.symlink_to(owner)
-            except FileExistsError:
-                continue
-            return network
+        # One at a time: of two that find the same left claim, the slower would remove the new claim of the other.
+        with (claims / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for network in _SLOT_NETWORKS:
+                claim = claims / network.replace("/", "_")
+                if claim.is_symlink() and not Path(os.readlink(claim)).exists():
+                    claim.unlink(missing_ok=True)
+                try:
+                    claim.symlink_to(owner)
+                except FileExistsError:
+                    continue
+                return network
         if time.monotonic() > deadline:
             raise RuntimeError(f"all slot networks for tests are taken, see {claims}")
         time.sleep(1)

@@ -16,13 +16,7 @@ from emberbox.node.server import NodeService
 from emberbox.settings import Settings
 from emberbox.wire import node_pb2 as wire
 from emberbox.wire import node_pb2_grpc
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+from tests.support.ports import free_ports
 
 
 def openssl(*words: str | Path) -> None:
@@ -57,11 +51,11 @@ def settings_for(port: int, folder: Path) -> Settings:
 async def describe(port: int, credentials: grpc.ChannelCredentials) -> wire.NodeDescription:
     options = (("grpc.ssl_target_name_override", "localhost"),)
     async with grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials, options=options) as channel:
-        return await node_pb2_grpc.NodeStub(channel).Describe(wire.DescribeRequest(), timeout=5)
+        return await node_pb2_grpc.NodeStub(channel).Describe(wire.DescribeRequest(), timeout=60)
 
 
 async def test_over_tcp_both_sides_show_a_certificate(make_world: Any, certificates: Path) -> None:
-    world, port = await make_world(), free_port()
+    world, (port,) = await make_world(), free_ports(1)
     server = grpc.aio.server()
     node_pb2_grpc.add_NodeServicer_to_server(NodeService(world.node), server)
     listen(server, settings_for(port, certificates))
@@ -84,7 +78,7 @@ async def test_tcp_without_certificates_is_refused() -> None:
 
 
 async def test_a_missing_certificate_is_named(certificates: Path) -> None:
-    settings = settings_for(free_port(), certificates).model_copy(update={"node_tls_key": Path("/nonexistent/key")})
+    settings = settings_for(1, certificates).model_copy(update={"node_tls_key": Path("/nonexistent/key")})
 
     with pytest.raises(BadValue, match="/nonexistent/key"):
         listen(grpc.aio.server(), settings)
