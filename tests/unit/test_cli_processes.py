@@ -42,7 +42,7 @@ def test_a_zombie_is_not_alive(sleeper: subprocess.Popen[bytes]) -> None:
 
     os.kill(sleeper.pid, signal.SIGKILL)
 
-    assert ref.wait(10)
+    assert ref.wait(60)
 
 
 def test_a_process_that_ignores_sigterm_is_killed_after_the_grace() -> None:
@@ -54,7 +54,7 @@ def test_a_process_that_ignores_sigterm_is_killed_after_the_grace() -> None:
 
     ref.stop(grace=0.2)
 
-    assert process.wait(10) == -signal.SIGKILL
+    assert process.wait(60) == -signal.SIGKILL
     process.stdout.close()
 
 

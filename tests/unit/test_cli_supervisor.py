@@ -46,7 +46,7 @@ class Seen:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while not condition():
             await asyncio.sleep(0.02)
 
@@ -59,7 +59,7 @@ def seen() -> Seen:
 @pytest.fixture
 async def pair(tmp_path: Path, seen: Seen) -> AsyncIterator[Supervisor]:
     supervisor = Supervisor([a_role(tmp_path, "first"), a_role(tmp_path, "second")], changed=seen)
-    await supervisor.start(deadline=20)
+    await supervisor.start(deadline=120)
     yield supervisor
     await supervisor.stop()
 
@@ -88,7 +88,7 @@ async def test_a_role_that_ends_again_and_again_fails_the_start_with_its_last_wo
     roles = [a_role(tmp_path, "good"), a_role(tmp_path, "bad", "echo no database >&2; exit 3")]
 
     with pytest.raises(RoleFailed, match=r"(?s)bad does not start \(exit code 3\).*no database") as failure:
-        await Supervisor(roles, changed=seen).start(deadline=20)
+        await Supervisor(roles, changed=seen).start(deadline=120)
 
     assert str(roles[1].log) in failure.value.message
     assert seen.processes == []
@@ -108,13 +108,13 @@ async def test_a_program_that_does_not_exist_fails_the_start(tmp_path: Path, see
     role = Role("lost", [str(tmp_path / "nothing")], {}, tmp_path / "lost.log", lambda: False)
 
     with pytest.raises(RoleFailed, match="lost cannot be started"):
-        await Supervisor([role], changed=seen).start(deadline=20)
+        await Supervisor([role], changed=seen).start(deadline=120)
 
 
 async def test_a_role_that_ignores_sigterm_is_killed(tmp_path: Path, seen: Seen) -> None:
     stubborn = a_role(tmp_path, "stubborn", "trap '' TERM; touch {dir}/{name}.up; while :; do sleep 0.05; done")
     supervisor = Supervisor([stubborn], changed=seen, stop_grace=0.2)
-    await supervisor.start(deadline=20)
+    await supervisor.start(deadline=120)
     process = seen.processes[0].process
 
     await supervisor.stop()

@@ -33,7 +33,7 @@ def test_a_stranger_with_the_same_pid_is_not_killed(child: subprocess.Popen[byte
     identity = processes.identify(child.pid)
     assert identity is not None
 
-    ended = processes.end_and_wait(ProcessId(child.pid, identity.started - 1), seconds=5)
+    ended = processes.end_and_wait(ProcessId(child.pid, identity.started - 1), seconds=60)
 
     assert ended
     assert processes.is_alive(identity)
@@ -43,10 +43,10 @@ def test_ending_waits_until_the_process_is_gone(child: subprocess.Popen[bytes]) 
     identity = processes.identify(child.pid)
     assert identity is not None
 
-    assert processes.end_and_wait(identity, seconds=5)
+    assert processes.end_and_wait(identity, seconds=60)
 
     assert not processes.is_alive(identity)
-    assert processes.end_and_wait(identity, seconds=5)
+    assert processes.end_and_wait(identity, seconds=60)
 
 
 async def test_the_end_of_a_process_is_noticed(child: subprocess.Popen[bytes]) -> None:
@@ -57,12 +57,12 @@ async def test_the_end_of_a_process_is_noticed(child: subprocess.Popen[bytes]) -
 
     child.kill()
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await waiting
 
 
 async def test_waiting_for_what_is_gone_returns_at_once() -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await processes.wait_for_end(ProcessId(os.getpid(), 0))
 
 

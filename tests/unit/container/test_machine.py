@@ -50,7 +50,7 @@ class SlowCgroup(CgroupV2):
     def set_rates(self, rates: Rates, disk: int) -> None:
         if not rates.limit_disk:
             self.lifting.set()
-            assert self.may_lift.wait(10)
+            assert self.may_lift.wait(60)
         super().set_rates(rates, disk)
 
     @property
@@ -99,7 +99,7 @@ async def test_a_pause_cancelled_while_the_rates_are_lifted_sets_them_again(
     tmp_path: Path, slow_cgroup: SlowCgroup
 ) -> None:
     pause = asyncio.create_task(container(tmp_path, slow_cgroup, this_process()).pause())
-    assert await asyncio.to_thread(slow_cgroup.lifting.wait, 10)
+    assert await asyncio.to_thread(slow_cgroup.lifting.wait, 60)
 
     pause.cancel()
     await asyncio.sleep(0)
@@ -113,7 +113,7 @@ async def test_a_pause_cancelled_while_the_rates_are_lifted_sets_them_again(
 async def test_a_pause_cancelled_while_processes_stop_lets_them_go_on(tmp_path: Path, slow_cgroup: SlowCgroup) -> None:
     slow_cgroup.may_lift.set()
     pause = asyncio.create_task(container(tmp_path, slow_cgroup, this_process()).pause())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not slow_cgroup.is_asked_to_freeze:
             await asyncio.sleep(0.001)
 

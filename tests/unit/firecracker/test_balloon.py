@@ -108,7 +108,8 @@ async def test_nobody_who_is_cancelled_leaves_the_balloon_full(monkeypatch: pyte
     while not guest.asked:
         await asyncio.sleep(0)
     first = asyncio.create_task(tested.hold())
-    await asyncio.sleep(0.01)  # it is being emptied now, slowly
+    while guest.asked != [876, 0]:  # then it is being emptied, slowly
+        await asyncio.sleep(0)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first

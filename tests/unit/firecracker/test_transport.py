@@ -49,7 +49,7 @@ def answer(status: str, body: object) -> bytes:
     return f"HTTP/1.1 {status}\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
 
 
-async def ask(server: Server, deadline_seconds: float = 5) -> object:
+async def ask(server: Server, deadline_seconds: float = 60) -> object:
     return await Transport(server.folder, NAME).request("GET", "/vm", deadline_seconds=deadline_seconds)
 
 
@@ -93,7 +93,7 @@ async def test_an_answer_that_is_too_long_is_not_read(server: Server) -> None:
 
 async def test_a_missing_socket_is_unreachable(tmp_path: Path) -> None:
     with pytest.raises(ApiUnreachable):
-        await Transport(tmp_path, NAME).request("GET", "/", deadline_seconds=1)
+        await Transport(tmp_path, NAME).request("GET", "/", deadline_seconds=60)
     with pytest.raises(ApiUnreachable, match=r"within 0\.05 s"):
         await Transport(tmp_path, NAME).wait_until_ready(0.05)
 

@@ -55,7 +55,7 @@ def chunked(*parts: bytes) -> list[bytes]:
 
 
 async def run(agent: Agent) -> int:
-    return await agent.run_command("true", user="user", workdir="", token="t", timeout=5)
+    return await agent.run_command("true", user="user", workdir="", token="t", timeout=60)
 
 
 async def test_init_carries_the_secret_and_the_body(answers: Answers) -> None:
@@ -89,7 +89,7 @@ async def test_garbage_is_a_failure(answers: Answers) -> None:
 
 
 async def test_an_agent_that_says_nothing_is_given_up(answers: Answers) -> None:
-    agent, _ = await answers(*[b""] * 400, scale=0.01)
+    agent, _ = await answers(*[b""] * 4000, scale=0.01)
 
     with pytest.raises(AgentFailure, match="in time"):
         await agent.init({})

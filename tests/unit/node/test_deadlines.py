@@ -55,7 +55,7 @@ async def test_an_earlier_one_is_not_held_up_by_a_later_one(fired: tuple[Deadlin
 
     deadlines.set("soon", now_ms() + 20)
 
-    assert await asyncio.wait_for(queue.get(), 5) == "soon"
+    assert await asyncio.wait_for(queue.get(), 60) == "soon"
     assert queue.empty()
 
 
@@ -68,7 +68,7 @@ async def test_a_clock_that_jumps_ahead_is_noticed(
 
     monkeypatch.setattr(module, "now_ms", lambda: now_ms() + 7_200_000)
 
-    assert await asyncio.wait_for(queue.get(), 10) == "far"
+    assert await asyncio.wait_for(queue.get(), 60) == "far"
 
 
 async def test_many_moves_do_not_pile_up() -> None:

@@ -14,7 +14,7 @@ IMAGE = Image(build_id="build1", layers=("aa",), env_vars={"FROM": "template"})
 LIMITS = Limits(cpu_count=1, memory_mb=128, disk_size_mb=512)
 
 
-async def until(check: Any, seconds: float = 5.0) -> None:
+async def until(check: Any, seconds: float = 60.0) -> None:
     async with asyncio.timeout(seconds):
         while not check():
             await asyncio.sleep(0.005)

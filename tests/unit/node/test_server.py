@@ -136,7 +136,7 @@ async def test_a_client_that_gives_up_undoes_its_create(served: Served) -> None:
 
 
 async def gone(world: Any) -> dict[str, list[str]]:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while world.left():
             await asyncio.sleep(0.005)
     return world.left()
@@ -144,14 +144,14 @@ async def gone(world: Any) -> dict[str, list[str]]:
 
 async def test_watch_begins_with_the_state_and_goes_on_with_ends(served: Served) -> None:
     await served.stub.Create(create("s1"))
-    watch = served.stub.Watch(wire.WatchRequest(), timeout=10)
+    watch = served.stub.Watch(wire.WatchRequest(), timeout=60)
     first = await watch.read()
     served.world.runtime.of(served.world.node, "s1").die("out of memory")
 
     second = await watch.read()
-    again = await served.stub.Watch(wire.WatchRequest(), timeout=10).read()
+    again = await served.stub.Watch(wire.WatchRequest(), timeout=60).read()
     await served.stub.Acknowledge(wire.AcknowledgeRequest(sandbox_ids=["s1"]))
-    after = await served.stub.Watch(wire.WatchRequest(), timeout=10).read()
+    after = await served.stub.Watch(wire.WatchRequest(), timeout=60).read()
 
     assert [machine.sandbox_id for machine in first.state.machines] == ["s1"]
     assert second.changed.end_reason == wire.END_REASON_DIED
@@ -243,7 +243,7 @@ async def test_a_build_that_makes_no_sense_is_refused_at_once(
 
 
 async def test_a_stopping_node_asks_to_try_again(served: Served) -> None:
-    watch = served.stub.Watch(wire.WatchRequest(), timeout=10)
+    watch = served.stub.Watch(wire.WatchRequest(), timeout=60)
     await watch.read()
 
     await served.world.node.close()
