@@ -23,7 +23,7 @@ from tests.support.networks import AGENTS, Claim
 AGENT = Path(__file__).parents[2] / "agent"
 PORT = 49983
 # Mounting is slow while others on the host mount and unmount: the agent itself is up in milliseconds.
-START_PATIENCE = 90
+START_PATIENCE = 180
 CONTROL = "control-secret-of-the-tests"
 
 
@@ -122,7 +122,7 @@ class AgentMachine:
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait(60)
         subprocess.run(["ip", "link", "del", self._veth], capture_output=True, check=False)
         subprocess.run(["ip", "netns", "del", self.netns], capture_output=True, check=False)
         shutil.rmtree(self._dir, ignore_errors=True)
@@ -180,7 +180,7 @@ class AgentMachine:
         """Return the status and body of one plain request."""
         request = urllib.request.Request(f"{self.url}{path}", data=body, method=method, headers=headers or {})
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()

@@ -97,7 +97,7 @@ def request(**changes: Any) -> wire.BuildRequest:
 
 async def build(node: NodeProcess, *steps: wire.BuildStep, **changes: Any) -> Told:
     asked = request(steps=steps, **changes)
-    return await follow(node.stub.Build(asked, timeout=900), asked.build_id)
+    return await follow(node.stub.Build(asked, timeout=1800), asked.build_id)
 
 
 async def look(node: NodeProcess, image: wire.Image, command: str, *, user: str = "user") -> Output:
@@ -106,7 +106,7 @@ async def look(node: NodeProcess, image: wire.Image, command: str, *, user: str 
     try:
         return await run(machine.address, command, user=user)
     finally:
-        await node.stub.Kill(wire.KillRequest(sandbox_id=machine.sandbox_id), timeout=60)
+        await node.stub.Kill(wire.KillRequest(sandbox_id=machine.sandbox_id), timeout=300)
 
 
 def archive(folder: Path, files: Sequence[tuple[str, bytes, int]], *, links: Sequence[tuple[str, str]] = ()) -> str:

@@ -140,7 +140,7 @@ async def _bootstrapped(settings: Settings) -> Bootstrapped:
     return _first_runs[0][1]
 
 
-async def eventually(true: Callable[[], bool | Awaitable[bool]], *, seconds: float = 20) -> None:
+async def eventually(true: Callable[[], bool | Awaitable[bool]], *, seconds: float = 90) -> None:
     """Wait until something is true; fails after a time that only a hang reaches."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds

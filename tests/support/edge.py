@@ -27,7 +27,7 @@ from emberbox.wire import edge_pb2_grpc
 
 DOMAIN = "sandboxes.test"
 EDGE_PORT, TLS_PORT, API_PORT = 3002, 3443, 3000
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 
 
 def loopback_addresses() -> Iterator[str]:
@@ -204,7 +204,9 @@ class EdgeProcess:
         """Start the role and wait until its door and its gRPC service answer."""
         self.launch()
         assert self.process is not None
-        with grpc.insecure_channel(self.settings.edge_target) as channel:
+        # By itself a channel would wait longer and longer before it tries again.
+        options = [("grpc.max_reconnect_backoff_ms", 1000)]
+        with grpc.insecure_channel(self.settings.edge_target, options) as channel:
             ready = grpc.channel_ready_future(channel)
             for _ in range(int(START_SECONDS / 0.05)):
                 if self.process.poll() is not None:
@@ -226,7 +228,7 @@ class EdgeProcess:
         """SIGTERM, and the exit code."""
         assert self.process is not None
         self.process.terminate()
-        return self.process.wait(timeout=15)
+        return self.process.wait(timeout=60)
 
     def kill(self) -> None:
         assert self.process is not None
@@ -264,7 +266,7 @@ class EdgeProcess:
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(timeout=15)
+                self.process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -285,14 +287,14 @@ class Routes:
         self._stub = edge_pb2_grpc.EdgeStub(self._channel)
 
     async def set(self, sandbox_id: str, address: str, **fields: object) -> None:
-        await self._stub.SetRoute(pb.Route(sandbox_id=sandbox_id, address=address, **fields), timeout=10)  # type: ignore[arg-type]
+        await self._stub.SetRoute(pb.Route(sandbox_id=sandbox_id, address=address, **fields), timeout=60)  # type: ignore[arg-type]
 
     async def drop(self, sandbox_id: str) -> None:
-        await self._stub.DropRoute(pb.DropRouteRequest(sandbox_id=sandbox_id), timeout=10)
+        await self._stub.DropRoute(pb.DropRouteRequest(sandbox_id=sandbox_id), timeout=60)
 
     async def replace(self, routes: dict[str, str]) -> None:
         wanted = [pb.Route(sandbox_id=sandbox_id, address=address) for sandbox_id, address in routes.items()]
-        await self._stub.ReplaceRoutes(pb.ReplaceRoutesRequest(routes=wanted), timeout=30)
+        await self._stub.ReplaceRoutes(pb.ReplaceRoutesRequest(routes=wanted), timeout=120)
 
     async def close(self) -> None:
         await self._channel.close(grace=None)
@@ -302,7 +304,7 @@ def headers_for(sandbox_id: str, port: int | str = 8080, **more: str) -> dict[st
     return {"E2b-Sandbox-Id": sandbox_id, "E2b-Sandbox-Port": str(port), **more}
 
 
-async def eventually(is_true: Callable[[], bool], *, seconds: float = 15.0) -> None:
+async def eventually(is_true: Callable[[], bool], *, seconds: float = 90.0) -> None:
     """Wait for something that happens by itself."""
     end = time.monotonic() + seconds
     while not is_true():
@@ -316,7 +318,7 @@ async def raw_request(address: str, port: int, text: str) -> bytes:
     reader, writer = await asyncio.open_connection(address, port)
     try:
         writer.write(text.encode("latin-1"))
-        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
         for line in head.lower().split(b"\r\n"):
             if line.startswith(b"content-length:"):
                 return head + await reader.readexactly(int(line.split(b":")[1]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import glob
 import json
 import os
 import secrets
@@ -29,6 +30,7 @@ from emberbox.images.base import build_base
 from emberbox.settings import Settings
 from emberbox.wire import node_pb2 as wire
 from emberbox.wire import node_pb2_grpc
+from tests.support.loops import backing_files
 from tests.support.networks import NODES, Claim
 
 TOKEN = "token-of-the-tests"
@@ -44,7 +46,7 @@ class Output:
     text: str
 
 
-async def run(address: str, command: str, *, user: str = "user", token: str = TOKEN, timeout: float = 60) -> Output:
+async def run(address: str, command: str, *, user: str = "user", token: str = TOKEN, timeout: float = 180) -> Output:
     """Run a shell command inside, the way a client does."""
     body = json.dumps({"process": {"cmd": "/bin/bash", "args": ["-l", "-c", command]}, "stdin": False}).encode()
     headers = {
@@ -143,7 +145,7 @@ class NodeProcess:
         self._process = self.spawn()
         self._channel = grpc.aio.insecure_channel(self.settings.node_target)
         self.stub = node_pb2_grpc.NodeStub(self._channel)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while True:
             assert self._process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
@@ -171,7 +173,7 @@ class NodeProcess:
         assert self._channel is not None
         await self._channel.close()
         self._process.send_signal(number)
-        return await asyncio.to_thread(self._process.wait, 60)
+        return await asyncio.to_thread(self._process.wait, 180)
 
     async def create(self, **changes: Any) -> wire.MachineStatus:
         """Start a sandbox of the base template."""
@@ -185,13 +187,13 @@ class NodeProcess:
             "disk_size_mb": 1024,
             "access_token": TOKEN,
             "network": wire.Network(allow_internet=True),
-            "deadline_unix_ms": now_ms() + 600_000,
+            "deadline_unix_ms": now_ms() + 1_800_000,
             "on_timeout": wire.TIMEOUT_ACTION_KILL,
         }
-        return await self.stub.Create(wire.CreateRequest(**(values | changes)), timeout=60)
+        return await self.stub.Create(wire.CreateRequest(**(values | changes)), timeout=300)
 
     async def state(self) -> list[wire.MachineStatus]:
-        watch = self.stub.Watch(wire.WatchRequest(), timeout=30)
+        watch = self.stub.Watch(wire.WatchRequest(), timeout=120)
         event = await watch.read()
         watch.cancel()
         return list(event.state.machines)
@@ -203,7 +205,7 @@ class NodeProcess:
             if event.WhichOneof("event") == "changed" and event.changed.sandbox_id == sandbox_id:
                 return event.changed
 
-    async def until(self, check: Callable[[], bool], seconds: float = 20) -> None:
+    async def until(self, check: Callable[[], bool], seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while not check():
             assert time.monotonic() < deadline, "it did not become true in time"
@@ -224,16 +226,12 @@ class NodeProcess:
         found = [f"mount {line.split()[1]}" for line in Path("/proc/mounts").read_text().splitlines() if tag in line]
         shared = (f"/run/{tag}/layers", "/run/netns/")
         found = [line for line in found if not any(part in line for part in shared)]
-        groups = Path("/sys/fs/cgroup")  # one hierarchy on v2, one for each controller on v1
-        for path in (*groups.glob(f"*/{tag}/*"), *groups.glob(f"{tag}/*")):
-            found += [f"cgroup {path}"] if path.is_dir() else []
+        # One hierarchy on v2, one for each controller on v1. Unlike `Path.glob`, this passes over what goes meanwhile.
+        for pattern in (f"/sys/fs/cgroup/*/{tag}/*/", f"/sys/fs/cgroup/{tag}/*/"):
+            found += [f"cgroup {path}" for path in glob.glob(pattern)]
         for name in ("machines", "uppers", "saved", "records", "snapshots"):
             found += [f"{name}/{path.name}" for path in (self.settings.node_dir / name).glob("*")]
-        found += [
-            f"loop {path.parent.parent.name}"
-            for path in Path("/sys/block").glob("loop*/loop/backing_file")
-            if str(self.data / "node" / "uppers") in _backing_file(path)
-        ]
+        found += [f"loop {device}" for device, file in backing_files() if str(self.data / "node" / "uppers") in file]
         return sorted(found)
 
     def host_traces(self) -> list[str]:
@@ -243,16 +241,7 @@ class NodeProcess:
         found += [f"netns {path.name}" for path in Path("/run/netns").glob(f"{tag}-*")]
         found += [f"link {path.name}" for path in Path("/sys/class/net").glob(f"{tag}-*")]
         found += [f"folder {path}" for path in Path("/run").glob(tag)]
-        groups = Path("/sys/fs/cgroup")
-        found += [f"cgroup {path}" for path in (*groups.glob(f"*/{tag}"), *groups.glob(tag))]
+        found += [f"cgroup {path}" for where in ("*/", "") for path in glob.glob(f"/sys/fs/cgroup/{where}{tag}")]
         tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout
         found += [f"table {line}" for line in tables.splitlines() if tag in line]
         return found
-
-
-def _backing_file(path: Path) -> str:
-    """What a loop device stands for; empty when another test detached it meanwhile."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

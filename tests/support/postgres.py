@@ -43,7 +43,7 @@ class Cluster:
         environment = {**os.environ, "PGUSER": self._user}
         # Not a pipe: the server keeps it open and the reader would wait for it.
         with tempfile.TemporaryFile() as output:
-            done = subprocess.run(command, cwd="/", stdout=output, stderr=output, timeout=120, env=environment)
+            done = subprocess.run(command, cwd="/", stdout=output, stderr=output, timeout=400, env=environment)
             output.seek(0)
             told = output.read().decode(errors="replace")
         assert done.returncode == 0, told
@@ -60,7 +60,7 @@ def cluster() -> Iterator[Cluster]:
         data = str(home / "data")
         made.run("initdb", "-D", data, "-U", user, "--auth=trust", "--no-sync")
         options = f"-k {home} -c listen_addresses='' -c fsync=off -c max_connections=60"
-        made.run("pg_ctl", "-D", data, "-w", "-l", str(home / "log"), "-o", options, "start")
+        made.run("pg_ctl", "-D", data, "-w", "-t", "300", "-l", str(home / "log"), "-o", options, "start")
         try:
             yield made
         finally:
