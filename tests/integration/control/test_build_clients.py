@@ -106,7 +106,7 @@ def test_a_background_build_is_polled(live):
     world.node.build_events = [line("1"), line("2"), failed("no", "1")]
 
     info = Template.build_in_background(Template().from_image("debian:12").run_cmd("true"), "mine", **options)
-    for _ in range(100):
+    for _ in range(1200):
         status = Template.get_build_status(info, logs_offset=1, **options)
         if status.status.value == "error":
             break
@@ -155,7 +155,7 @@ def random_bytes(count: int) -> bytes:
 def test_an_upload_that_breaks_off_leaves_nothing(live):
     world, options = live
     headers = {"X-API-Key": world.key}
-    with httpx.Client(base_url=options["api_url"], headers=headers, trust_env=False, timeout=30) as api:
+    with httpx.Client(base_url=options["api_url"], headers=headers, trust_env=False, timeout=60) as api:
         api.post("/v3/templates", json={"name": "mine"})
         url = urlsplit(api.get(f"/templates/mine/files/{'ab' * 32}").json()["url"])
 
@@ -166,12 +166,12 @@ def test_an_upload_that_breaks_off_leaves_nothing(live):
         wait_for(lambda: not files_left(world))
 
         assert api.get(f"/templates/mine/files/{'ab' * 32}").json()["present"] is False
-        whole = httpx.put(url.geturl(), content=archive(), trust_env=False)
+        whole = httpx.put(url.geturl(), content=archive(), trust_env=False, timeout=60)
         assert whole.status_code == 200
 
 
 def wait_for(true: Any) -> None:
-    for _ in range(400):
+    for _ in range(2400):
         if true():
             return
         time.sleep(0.025)

@@ -613,12 +613,17 @@ async def test_builds_wait_for_their_turn_and_no_team_waits_for_another() -> Non
 
 
 async def test_a_build_that_takes_too_long_is_given_up() -> None:
-    async with serving_world(build_seconds=1) as world:
-        world.node.build_hold = asyncio.Event()
-        made = await register(world)
+    async with made_world() as world:
+        async with world.serving():
+            await world.ready()  # `base` is built, which may itself take more than a second
+        world.settings = world.settings.model_copy(update={"build_seconds": 1})
+        async with world.serving():
+            await world.ready()
+            world.node.build_hold = asyncio.Event()
+            made = await register(world)
 
-        await start(world, made)
-        told = await ended(world, made)
+            await start(world, made)
+            told = await ended(world, made)
 
         assert "took longer" in told["reason"]["message"]
         assert world.node.cancelled_builds == [made["buildID"]]

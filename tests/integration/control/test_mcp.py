@@ -31,7 +31,7 @@ LIST = {"jsonrpc": "2.0", "id": 2, "method": "tools/list"}
 @asynccontextmanager
 async def connected(url: str, key: str, mode: Any = "legacy") -> AsyncIterator[Client]:
     async with (
-        httpx2.AsyncClient(headers={"X-API-Key": key}, timeout=30, trust_env=False) as http,
+        httpx2.AsyncClient(headers={"X-API-Key": key}, timeout=120, trust_env=False) as http,
         Client(streamable_http_client(f"{url}/mcp", http_client=http), mode=mode) as client,
     ):
         yield client
@@ -39,7 +39,7 @@ async def connected(url: str, key: str, mode: Any = "legacy") -> AsyncIterator[C
 
 def post(url: str, message: dict[str, Any], **headers: str) -> httpx.Response:
     sent = {**ACCEPT, **{name.replace("_", "-"): value for name, value in headers.items()}}
-    return httpx.post(f"{url}/mcp", json=message, headers=sent, timeout=30, trust_env=False)
+    return httpx.post(f"{url}/mcp", json=message, headers=sent, timeout=120, trust_env=False)
 
 
 def test_the_library_is_not_loaded_before_the_first_request():
@@ -79,7 +79,7 @@ async def test_a_key_that_is_deleted_opens_its_session_no_longer():
 async def test_an_open_stream_does_not_hold_up_the_end():
     stack = ExitStack()
     world, url = stack.enter_context(live_world())
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         async with connected(url, world.key) as client:
             await client.list_tools()
 

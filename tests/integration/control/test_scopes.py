@@ -249,7 +249,8 @@ async def test_the_administrator_is_not_limited(world: World) -> None:
 @pytest.mark.parametrize("mode", ["auto", "legacy"])
 async def test_tools_refuse_as_the_rest_api_does(mode: str) -> None:
     with live_world() as (world, url):
-        async with httpx.AsyncClient(base_url=url, headers={"X-API-Key": world.key}, trust_env=False) as rest:
+        keyed = {"X-API-Key": world.key}
+        async with httpx.AsyncClient(base_url=url, headers=keyed, trust_env=False, timeout=60) as rest:
             it = {"sandboxID": (await rest.post("/v2/sandboxes", json=SANDBOX)).json()["sandboxID"]}
             key = await made(rest, "sandboxes:read", "sandboxes:write", limit=1)
             other = await made(rest, "templates")

@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def world(folder: Path) -> AsyncIterator[World]:
-    async with serving_world(templates_dir=folder, first_build_wait_seconds=20) as made:
+    async with serving_world(templates_dir=folder, first_build_wait_seconds=60) as made:
         yield made
 
 
