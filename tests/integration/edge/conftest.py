@@ -49,7 +49,7 @@ async def world_of(edge: EdgeProcess) -> AsyncIterator[World]:
     control = ControlPlane(edge.api_address)
     await control.start()
     routes = Routes(edge.settings.edge_target)
-    async with httpx.AsyncClient(base_url=edge.url, timeout=20, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=edge.url, timeout=90, trust_env=False) as client:
         world = World(edge, routes, control, client, [])
         yield world
     if edge.process is not None and edge.process.poll() is None:

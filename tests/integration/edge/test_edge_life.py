@@ -25,7 +25,7 @@ async def _tell_then_wait(exchange: Exchange) -> None:
 async def _reached(world: Any, sandbox_id: str) -> str | None:
     """The machine that answers for a sandbox, or None. On a connection of its own."""
     try:
-        async with httpx.AsyncClient(base_url=world.edge.url, timeout=10, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=world.edge.url, timeout=30, trust_env=False) as client:
             answer = await client.get("/", headers=headers_for(sandbox_id))
     except httpx.TransportError:
         return None
@@ -33,7 +33,7 @@ async def _reached(world: Any, sandbox_id: str) -> str | None:
 
 
 async def _until_reached(world: Any, sandbox_id: str, address: str) -> None:
-    for _ in range(300):
+    for _ in range(1200):
         if await _reached(world, sandbox_id) == address:
             return
         await asyncio.sleep(0.05)
@@ -48,10 +48,12 @@ async def test_a_killed_haproxy_comes_back_with_every_route(own_world: Any, whic
 
     os.kill(master if which == "master" else workers[0], signal.SIGKILL)
 
+    # What the killed one left may serve for another moment.
+    await eventually(lambda: not {master, *workers} & world.edge.haproxies().keys())
     for sandbox_id, machine in sandboxes:
         await _until_reached(world, sandbox_id, machine.address)
     assert world.edge.master() != master
-    assert len(world.edge.haproxies()) == 2
+    await eventually(lambda: len(world.edge.haproxies()) == 2)
     assert world.control.questions == []
 
 
@@ -112,7 +114,7 @@ async def test_the_next_edge_can_end_what_the_one_before_let_in(own_world: Any) 
         world.edge.start()
         await world.routes.drop(sandbox_id)
         with pytest.raises(httpx.RemoteProtocolError):
-            await asyncio.wait_for(anext(parts), 5)
+            await asyncio.wait_for(anext(parts), 60)
 
 
 async def test_haproxy_killed_while_no_edge_runs_comes_back_with_the_next(own_world: Any) -> None:
@@ -159,7 +161,7 @@ async def test_a_reload_loses_no_route_and_cuts_no_stream(own_world: Any) -> Non
         both = world.edge.workers()
         await world.routes.drop(sandbox_id)
         with pytest.raises(httpx.RemoteProtocolError):
-            await asyncio.wait_for(waiting, 5)
+            await asyncio.wait_for(waiting, 60)
 
     assert reached == machine.address
     assert len(both) == 2
@@ -242,8 +244,11 @@ async def test_a_renewed_certificate_is_served_after_a_reload(new_world: Any, tm
     world.edge.signal(signal.SIGHUP)
     await eventually(lambda: "edge.reloaded" in world.edge.log.read_text())
 
-    after = await asyncio.to_thread(served)
-    assert after != before
+    for _ in range(100):  # a worker that was replaced may take a last connection
+        after = await asyncio.to_thread(served)
+        if after != before:
+            break
+        await asyncio.sleep(0.1)
     assert after.split() == cert.read_text().split()
 
 
@@ -271,7 +276,7 @@ async def test_replacing_all_routes_drops_the_others_and_keeps_what_stays(own_wo
         await anext(gone_parts)
         await world.routes.replace({kept_id: kept.address, new_id: new.address})
         with pytest.raises(httpx.RemoteProtocolError):
-            await asyncio.wait_for(anext(gone_parts), 5)
+            await asyncio.wait_for(anext(gone_parts), 60)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(anext(kept_parts), 1)
 

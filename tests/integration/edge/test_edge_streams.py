@@ -74,7 +74,7 @@ async def test_a_request_body_arrives_as_it_is_sent(world: Any) -> None:
     async def send() -> AsyncIterator[bytes]:
         for number in range(3):
             yield b"part %d" % number
-            assert await asyncio.wait_for(arrived.get(), 10) == b"part %d" % number
+            assert await asyncio.wait_for(arrived.get(), 60) == b"part %d" % number
 
     sandbox_id, machine = world.new_id(), await world.machine(9)
     await machine.listen(8080, take)
@@ -124,7 +124,7 @@ async def test_a_websocket_goes_through_text_and_bytes(world: Any) -> None:
 
     async with (
         echoing_websockets(machine.address, 8080),
-        connect(uri, host=world.edge.address, port=EDGE_PORT, max_size=None) as socket,
+        connect(uri, open_timeout=60, host=world.edge.address, port=EDGE_PORT, max_size=None) as socket,
     ):
         await socket.send("hällo")
         text = await socket.recv()
@@ -140,7 +140,7 @@ async def test_a_websocket_to_a_closed_port_is_refused_in_words(world: Any) -> N
     uri = f"ws://8081-{sandbox_id}.{DOMAIN}:{EDGE_PORT}/"
 
     with pytest.raises(InvalidStatus) as caught:
-        await connect(uri, host=world.edge.address, port=EDGE_PORT)
+        await connect(uri, open_timeout=60, host=world.edge.address, port=EDGE_PORT)
 
     assert caught.value.response.status_code == 502
     assert b"port is not open" in caught.value.response.body
@@ -156,7 +156,7 @@ async def test_dropping_a_route_ends_an_open_answer(world: Any) -> None:
         first = await anext(parts)
         await world.routes.drop(sandbox_id)
         with pytest.raises(httpx.RemoteProtocolError):
-            await asyncio.wait_for(anext(parts), 5)
+            await asyncio.wait_for(anext(parts), 60)
 
     assert first == b"first"
 
@@ -168,13 +168,13 @@ async def test_dropping_a_route_ends_an_open_websocket(world: Any) -> None:
 
     async with (
         echoing_websockets(machine.address, 8080),
-        connect(uri, host=world.edge.address, port=EDGE_PORT) as socket,
+        connect(uri, open_timeout=60, host=world.edge.address, port=EDGE_PORT) as socket,
     ):
         await socket.send("x")
         await socket.recv()
         await world.routes.drop(sandbox_id)
         with pytest.raises(ConnectionClosed):
-            await asyncio.wait_for(socket.recv(), 5)
+            await asyncio.wait_for(socket.recv(), 60)
 
 
 async def test_dropping_a_route_ends_an_open_tls_stream(world: Any, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ async def test_dropping_a_route_ends_an_open_tls_stream(world: Any, tmp_path: Pa
         await anext(parts)
         await world.routes.drop(sandbox_id)
         with pytest.raises(httpx.RemoteProtocolError):
-            await asyncio.wait_for(anext(parts), 5)
+            await asyncio.wait_for(anext(parts), 60)
 
 
 async def test_dropping_a_route_leaves_other_sandboxes_alone(world: Any) -> None:
@@ -219,7 +219,7 @@ async def test_a_route_that_moves_ends_what_runs_on_the_old_address(world: Any) 
         await anext(parts)
         await world.routes.set(sandbox_id, new.address)
         with pytest.raises(httpx.RemoteProtocolError):
-            await asyncio.wait_for(anext(parts), 5)
+            await asyncio.wait_for(anext(parts), 60)
 
     moved = await world.client.get("/", headers=headers_for(sandbox_id))
     assert moved.json()["machine"] == new.address
@@ -256,7 +256,7 @@ async def test_a_client_that_goes_away_is_noticed_by_the_program(world: Any) -> 
     async with world.client.stream("GET", "/", headers=headers_for(sandbox_id)) as answer:
         await anext(answer.aiter_raw())
 
-    await asyncio.wait_for(gone.wait(), 5)
+    await asyncio.wait_for(gone.wait(), 60)
 
 
 async def test_too_many_connections_to_one_sandbox_are_refused(new_world: Any) -> None:
@@ -271,13 +271,19 @@ async def test_too_many_connections_to_one_sandbox_are_refused(new_world: Any) -
             await open_streams.enter_async_context(world.client.stream("GET", "/", headers=headers_for(full_id)))
         refused = await world.client.get("/", headers=headers_for(full_id))
         other = await world.client.get("/", headers=headers_for(other_id))
-    async with contextlib.AsyncExitStack() as later_streams:
-        later = await later_streams.enter_async_context(world.client.stream("GET", "/", headers=headers_for(full_id)))
+    # The edge has yet to see that they are closed.
+    later = 429
+    for _ in range(600):
+        async with world.client.stream("GET", "/", headers=headers_for(full_id)) as answer:
+            later = answer.status_code
+        if later != 429:
+            break
+        await asyncio.sleep(0.05)
 
     assert refused.status_code == 429
     assert "too many connections" in refused.json()["message"]
     assert refused.headers["retry-after"] == "1"
-    assert (other.status_code, later.status_code) == (200, 200)
+    assert (other.status_code, later) == (200, 200)
 
 
 async def test_http2_is_spoken_where_tls_is(new_world: Any, tmp_path: Path) -> None:
@@ -287,7 +293,9 @@ async def test_http2_is_spoken_where_tls_is(new_world: Any, tmp_path: Path) -> N
     context = ssl.create_default_context(cafile=str(cert))
     host = f"8080-{sandbox_id}.{DOMAIN}"
 
-    async with httpx.AsyncClient(base_url=world.edge.tls_url, http2=True, verify=context, trust_env=False) as client:
+    tls = {"base_url": world.edge.tls_url, "http2": True, "verify": context, "trust_env": False, "timeout": 60}
+
+    async with httpx.AsyncClient(**tls) as client:
         named = {"headers": {"Host": host}, "extensions": {"sni_hostname": host}}
         answers = await asyncio.gather(*(client.get(f"/{n}", **named) for n in range(50)))
 
@@ -303,7 +311,9 @@ async def test_the_api_is_reached_by_name_over_tls(new_world: Any, tmp_path: Pat
     context = ssl.create_default_context(cafile=str(cert))
     host = f"api.{DOMAIN}"
 
-    async with httpx.AsyncClient(base_url=world.edge.tls_url, http2=True, verify=context, trust_env=False) as client:
+    tls = {"base_url": world.edge.tls_url, "http2": True, "verify": context, "trust_env": False, "timeout": 60}
+
+    async with httpx.AsyncClient(**tls) as client:
         answer = await client.post("/v2/sandboxes", headers={"Host": host}, extensions={"sni_hostname": host})
 
     assert answer.json()["target"] == "/v2/sandboxes"
@@ -313,7 +323,7 @@ async def test_the_api_is_reached_by_name_over_tls(new_world: Any, tmp_path: Pat
 async def test_http2_with_prior_knowledge_is_spoken_without_tls(world: Any) -> None:
     sandbox_id, machine = await world.sandbox(8080)
 
-    async with httpx.AsyncClient(http1=False, http2=True, timeout=10, trust_env=False) as client:
+    async with httpx.AsyncClient(http1=False, http2=True, timeout=60, trust_env=False) as client:
         answer = await client.get(world.edge.url, headers=headers_for(sandbox_id))
 
     assert answer.http_version == "HTTP/2"
@@ -326,14 +336,14 @@ async def test_dropping_a_route_ends_its_http2_streams_and_keeps_the_connection(
     await world.routes.set(sandbox_id, machine.address)
     other_id, other = await world.sandbox(8080)
 
-    async with httpx.AsyncClient(http1=False, http2=True, timeout=10, trust_env=False) as client:
+    async with httpx.AsyncClient(http1=False, http2=True, timeout=60, trust_env=False) as client:
         async with client.stream("GET", world.edge.url, headers=headers_for(sandbox_id)) as answer:
             parts = answer.aiter_raw()
             await anext(parts)
             await world.routes.drop(sandbox_id)
             # HAProxy before 3.0 ends a cut HTTP/2 stream of unknown length as if it were whole; newer ones reset it.
             with pytest.raises((httpx.RemoteProtocolError, StopAsyncIteration)):
-                await asyncio.wait_for(anext(parts), 5)
+                await asyncio.wait_for(anext(parts), 60)
         after = await client.get(world.edge.url, headers=headers_for(other_id))
 
     assert after.json()["machine"] == other.address
@@ -389,7 +399,7 @@ async def test_a_quiet_stream_to_a_machine_that_vanished_ends(
     sandbox_id = world.new_id()
     await world.routes.set(sandbox_id, address)
     parts = None
-    for _ in range(100):  # the server is starting
+    for _ in range(600):  # the server is starting
         answer = await world.client.send(
             world.client.build_request("GET", "/", headers=headers_for(sandbox_id)), stream=True
         )
@@ -407,6 +417,6 @@ async def test_a_quiet_stream_to_a_machine_that_vanished_ends(
     vanish()
 
     with pytest.raises(httpx.RemoteProtocolError):
-        await asyncio.wait_for(waiting, 10)
+        await asyncio.wait_for(waiting, 60)
     print(f"the stream ended {asyncio.get_running_loop().time() - begin:.1f} s after the machine vanished")
     await answer.aclose()

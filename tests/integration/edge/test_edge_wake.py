@@ -273,7 +273,7 @@ async def test_a_stream_of_the_request_that_woke_its_sandbox_ends_with_it(world:
         await anext(parts)
         await world.routes.drop(sandbox_id)
         with pytest.raises(httpx.RemoteProtocolError):
-            await asyncio.wait_for(anext(parts), 5)
+            await asyncio.wait_for(anext(parts), 60)
 
 
 async def test_a_restart_of_the_control_plane_is_ridden_out(own_world: Any) -> None:
