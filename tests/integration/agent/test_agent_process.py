@@ -23,7 +23,7 @@ from e2b.sandbox_sync.commands.pty import PtySize
 from tests.support.agent import AgentMachine
 
 
-def _until(happens, seconds=10):  # type: ignore[no-untyped-def]
+def _until(happens, seconds=60):  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + seconds
     while not (result := happens()):
         assert time.monotonic() < deadline, "did not happen in time"
@@ -103,12 +103,12 @@ def test_a_timeout_kills_the_command(sandbox: Sandbox) -> None:
 
 
 def test_a_timeout_kills_also_after_the_client_left(sandbox: Sandbox) -> None:
-    command = sandbox.commands.run("sleep 4444", background=True, timeout=8)
+    command = sandbox.commands.run("sleep 4444", background=True, timeout=20)
 
     command.disconnect()
 
-    _until(lambda: _count(sandbox, "sleep 4444") == 1, seconds=7)  # the shell becomes it
-    _until(lambda: _count(sandbox, "sleep 4444") == 0, seconds=30)
+    _until(lambda: _count(sandbox, "sleep 4444") == 1, seconds=19)  # the shell becomes it
+    _until(lambda: _count(sandbox, "sleep 4444") == 0)
 
 
 def test_a_client_that_leaves_does_not_kill_and_may_come_back(sandbox: Sandbox) -> None:
@@ -146,10 +146,12 @@ def test_stdin_is_written_streamed_and_closed(sandbox: Sandbox) -> None:
 
 
 def test_without_stdin_a_reader_sees_the_end_at_once(sandbox: Sandbox) -> None:
-    command = sandbox.commands.run("cat; sleep 1", background=True)
+    command = sandbox.commands.run("cat; touch ended; until [ -e asked ]; do sleep 0.05; done", background=True)
 
     with pytest.raises(SandboxException, match="stdin not enabled"):
         command.send_stdin("x")
+    _until(lambda: sandbox.files.exists("ended"))
+    sandbox.files.write("asked", "")
 
     assert command.wait().stdout == ""
 
@@ -195,21 +197,25 @@ def test_list_shows_what_runs_with_its_tag(machine: AgentMachine, sandbox: Sandb
     found = _until(lambda: [p for p in sandbox.commands.list() if p.tag == "tagged"])[0]
     status, _ = _rpc(machine, "SendSignal", {"process": {"tag": "tagged"}, "signal": "SIGNAL_SIGTERM"})
 
-    thread.join(10)
+    thread.join(60)
     assert (found.cmd, found.args, found.envs, found.cwd) == ("sleep", ["4545"], {"K": "V"}, "/tmp")
     assert status == 200
 
 
 def test_a_silent_stream_is_kept_alive_at_the_asked_interval(machine: AgentMachine) -> None:
+    began = time.monotonic()
     events = _stream(
         machine,
         "Start",
-        {"process": {"cmd": "sleep", "args": ["2.5"]}, "stdin": False},
+        {"process": {"cmd": "sleep", "args": ["3.5"]}, "stdin": False},
         {"Keepalive-Ping-Interval": "1"},
     )
+    took = time.monotonic() - began
 
-    kinds = [next(iter(e["event"])) for e in events if "event" in e]
-    assert kinds == ["start", "keepalive", "keepalive", "end"]
+    first, *between, last = [next(iter(e["event"])) for e in events if "event" in e]
+    assert (first, last) == ("start", "end")
+    assert set(between) == {"keepalive"}
+    assert 2 <= len(between) <= took
     assert events[-2]["event"]["end"] == {"exited": True, "status": "exit status 0"}
 
 
@@ -222,7 +228,7 @@ def _stream(machine: AgentMachine, method: str, body: dict, headers: dict | None
         headers={"Content-Type": "application/connect+json", **(headers or {})},
     )
     got = []
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=120) as answer:
         while head := answer.read(5):
             _, size = struct.unpack(">BI", head)
             got.append(json.loads(answer.read(size)))
@@ -243,17 +249,17 @@ def test_output_arrives_whole_byte_for_byte(machine: AgentMachine) -> None:
 def test_a_background_child_that_holds_the_output_does_not_hold_the_stream(sandbox: Sandbox) -> None:
     began = time.monotonic()
 
-    result = sandbox.commands.run("(while echo tick; do sleep 0.2; done) & echo done", timeout=20)
+    result = sandbox.commands.run("(while echo tick; do sleep 0.2; done) & echo done", timeout=60)
 
     assert "done" in result.stdout
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert sandbox.commands.run("pgrep -f 'echo tick' >/dev/null; echo $?", user="root").stdout == "0\n"
     sandbox.commands.run("pkill -f 'echo [t]ick' || true", user="root")
 
 
 def test_a_pty_has_a_size_an_owner_and_job_control(sandbox: Sandbox) -> None:
     output = bytearray()
-    pty = sandbox.pty.create(PtySize(rows=30, cols=100), timeout=60)
+    pty = sandbox.pty.create(PtySize(rows=30, cols=100), timeout=300)
     sandbox.pty.resize(pty.pid, PtySize(rows=40, cols=120))
     sandbox.pty.send_stdin(pty.pid, b"stty size; stat -c 'owner=%U' $(tty); echo TERM=$TERM; sleep 4646 &\n exit 9\n")
 
@@ -268,7 +274,7 @@ def test_a_pty_has_a_size_an_owner_and_job_control(sandbox: Sandbox) -> None:
 
 
 def test_killing_a_pty_takes_its_jobs(sandbox: Sandbox) -> None:
-    pty = sandbox.pty.create(PtySize(rows=24, cols=80), timeout=60)
+    pty = sandbox.pty.create(PtySize(rows=24, cols=80), timeout=300)
     sandbox.pty.send_stdin(pty.pid, b"set -m; nohup sleep 4747 &\n")
     _until(lambda: _count(sandbox, "sleep 4747") == 1)
 
@@ -320,4 +326,4 @@ def test_what_is_started_goes_before_the_agent_when_memory_runs_out(sandbox: San
     # The agent has the score of what it starts for the moment of a start.
     script = "cat /proc/self/oom_score_adj; until [ $(cat /proc/1/oom_score_adj) -lt 200 ]; do sleep 0.05; done"
 
-    assert sandbox.commands.run(script, user="root", timeout=20).stdout == "200\n"
+    assert sandbox.commands.run(script, user="root", timeout=60).stdout == "200\n"

@@ -105,7 +105,7 @@ async def test_a_limited_disk_is_read_and_written_no_faster(world: World) -> Non
 
     assert output == str(15 << 20)
     # Three seconds' worth, and nothing at once.
-    assert all(1.5 < seconds < 15 for seconds in (written, read, read_again)), (written, read, read_again)
+    assert all(1.5 < seconds < 60 for seconds in (written, read, read_again)), (written, read, read_again)
 
 
 async def test_operations_of_a_limited_disk_are_counted(world: World) -> None:
@@ -113,7 +113,7 @@ async def test_operations_of_a_limited_disk_are_counted(world: World) -> None:
 
     seconds, _ = await _timed(guest, "dd if=/dev/zero of=/x bs=4k count=300 oflag=direct")
 
-    assert 1.5 < seconds < 15
+    assert 1.5 < seconds < 60
 
 
 async def test_what_waits_for_a_limited_disk_keeps_nobody_from_pausing_saving_and_ending(
@@ -123,7 +123,7 @@ async def test_what_waits_for_a_limited_disk_keeps_nobody_from_pausing_saving_an
     begin = "(dd if=/dev/zero of=/x bs=100M count=1 oflag=direct > /dev/null 2>&1) > /dev/null 2>&1 &"
     began = time.monotonic()
 
-    # At its rate each would wait for most of a minute, and a machine that does not stop within 10 s is an error.
+    # At its rate each would wait for 50 s, and a machine that does not stop within 10 s is an error.
     await guest.run(begin)
     await asyncio.sleep(0.5)
     await guest.machine.pause()
@@ -136,7 +136,7 @@ async def test_what_waits_for_a_limited_disk_keeps_nobody_from_pausing_saving_an
     await asyncio.sleep(0.5)
     await world.end(guest)
 
-    assert time.monotonic() - began < 25
+    assert time.monotonic() - began < 45
     assert still_limited > 1.5
 
 
@@ -232,7 +232,7 @@ async def test_wait_returns_when_the_first_process_is_killed(world: World) -> No
 
     os.kill(guest.pid, signal.SIGKILL)
 
-    assert "first process ended" in await asyncio.wait_for(waiting, 10)
+    assert "first process ended" in await asyncio.wait_for(waiting, 60)
     with pytest.raises(MachineGone):
         await guest.machine.save(guest.directory, memory=False)
 
@@ -241,14 +241,14 @@ async def test_an_open_stream_ends_when_the_machine_does(world: World) -> None:
     guest = await world.machine()
     await guest.run(
         "nohup python3 -m http.server 8000 > /dev/null 2>&1 &"
-        "for i in $(seq 200); do (echo > /dev/tcp/127.0.0.1/8000) 2>/dev/null && break; sleep 0.1; done"
+        "for i in $(seq 1000); do (echo > /dev/tcp/127.0.0.1/8000) 2>/dev/null && break; sleep 0.1; done"
     )
     reader, writer = await asyncio.open_connection(str(guest.slot.address), 8000)
 
     await world.end(guest)
 
     with contextlib.suppress(ConnectionResetError):
-        assert await asyncio.wait_for(reader.read(1), 5) == b""
+        assert await asyncio.wait_for(reader.read(1), 60) == b""
     writer.close()
 
 
@@ -264,7 +264,7 @@ async def test_another_process_of_the_node_adopts_a_machine(world: World) -> Non
     assert (await again.stats()).memory_used > 0
     ended = asyncio.create_task(again.wait())
     await world.end(guest)
-    await asyncio.wait_for(ended, 10)
+    await asyncio.wait_for(ended, 60)
 
 
 async def test_an_adopted_machine_has_its_rates(world: World) -> None:
@@ -274,7 +274,7 @@ async def test_an_adopted_machine_has_its_rates(world: World) -> None:
     await ContainerRuntime(world.settings).adopt(guest.spec, guest.machine.record())
     seconds, _ = await _timed(guest, "dd if=/dev/zero of=/x bs=1M count=15 oflag=direct")
 
-    assert 1.5 < seconds < 15
+    assert 1.5 < seconds < 60
 
 
 async def test_a_machine_that_is_gone_is_not_adopted_and_its_traces_go(world: World) -> None:

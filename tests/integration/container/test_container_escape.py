@@ -228,7 +228,10 @@ async def test_the_agent_and_the_layers_are_read_only(guest: Guest) -> None:
 
 
 async def test_no_descriptor_of_the_host_is_inherited(guest: Guest, world: World) -> None:
-    links = {path: str(path.readlink()) for path in Path(f"/proc/{guest.pid}/fd").iterdir()}
+    links = {}
+    for path in Path(f"/proc/{guest.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            links[path] = str(path.readlink())
 
     # The agent reads the CPU limit and its own settings, in the machine's own /sys and /proc.
     files = {link: target for link, target in links.items() if target.startswith("/")}
@@ -349,7 +352,7 @@ async def test_the_host_is_reached_on_none_of_its_addresses(guest: Guest, other:
 
 async def test_other_machines_are_not_reached(guest: Guest, other: Guest) -> None:
     output = await guest.run(
-        f"curl -sS -m 2 http://{other.slot.address}:49983/health; curl -sS -m 2 http://{other.slot.host_address}:49983/"
+        f"curl -sS -m 20 http://{other.slot.address}:49983/health; curl -sS -m 20 http://{other.slot.host_address}:49983/"
     )
 
     assert output.text.count("Failed to connect") + output.text.count("Couldn't connect") >= 2, output
@@ -360,7 +363,7 @@ async def test_private_and_metadata_addresses_are_refused_at_once(guest: Guest) 
         guest,
         "import socket, time\n"
         "for address in ('169.254.169.254', '10.0.0.1', '172.16.0.1', '192.168.1.1', '100.64.0.1', '224.0.0.1'):\n"
-        "    s = socket.socket(); s.settimeout(2)\n"
+        "    s = socket.socket(); s.settimeout(20)\n"
         "    try: s.connect((address, 80)); print('reached', address)\n"
         "    except TimeoutError: print('slow', address)\n"
         "    except OSError: pass\n",
@@ -405,5 +408,5 @@ async def test_a_sender_address_that_is_not_the_slots_is_dropped(guest: Guest, o
 @pytest_asyncio.fixture(autouse=True, loop_scope="module")
 async def _still_alive(guest: Guest) -> AsyncIterator[None]:
     yield
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         assert (await guest.run("true")).code == 0

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.root)
-            item.add_marker(pytest.mark.timeout(120))
+            item.add_marker(pytest.mark.timeout(600))
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
@@ -109,7 +109,8 @@ def new_spec(instance: str, tmp_path: Path) -> Iterator[Callable[..., MachineSpe
         _ip("-n", netns, "tuntap", "add", "tap0", "mode", "tap")
         _ip("-n", netns, "addr", "add", "169.254.0.22/30", "dev", "tap0")
         _ip("-n", netns, "link", "set", "tap0", "up")
-        directory = tmp_path / "machines" / name
+        machine_id = f"{name}-{instance}"  # tests run side by side, and look for theirs among all processes
+        directory = tmp_path / "machines" / machine_id
         directory.mkdir()
         layer = tmp_path / "layer.erofs"
         if not layer.exists():
@@ -118,7 +119,7 @@ def new_spec(instance: str, tmp_path: Path) -> Iterator[Callable[..., MachineSpe
         with upper.open("wb") as out:
             out.truncate(16 * MIB)
         return MachineSpec(
-            machine_id=name,
+            machine_id=machine_id,
             directory=directory,
             layers=(layer,),
             upper=upper,

@@ -28,6 +28,6 @@ async def nothing_of_a_failed_test_stays(request: pytest.FixtureRequest) -> Asyn
         node: NodeProcess = request.getfixturevalue("node")
         for machine in await node.state():
             if machine.state == wire.MACHINE_STATE_ENDED:
-                await node.stub.Acknowledge(wire.AcknowledgeRequest(sandbox_ids=[machine.sandbox_id]), timeout=60)
+                await node.stub.Acknowledge(wire.AcknowledgeRequest(sandbox_ids=[machine.sandbox_id]), timeout=300)
             else:
-                await node.stub.Kill(wire.KillRequest(sandbox_id=machine.sandbox_id), timeout=60)
+                await node.stub.Kill(wire.KillRequest(sandbox_id=machine.sandbox_id), timeout=300)

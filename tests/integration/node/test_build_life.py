@@ -32,7 +32,7 @@ def kept(node: NodeProcess) -> list[str]:
 async def test_what_a_build_had_begun_goes_with_the_node(how: str) -> None:
     async with NodeProcess(warm_min=0, warm_max=0) as node:
         asked = request(steps=[step("RUN", "echo done > ~/f"), step("RUN", "echo begun; sleep 600")])
-        stream = node.stub.Build(asked, timeout=60)
+        stream = node.stub.Build(asked, timeout=300)
         await read_until(stream, "begun")
         (node.settings.node_dir / "building/pull-left").mkdir()
         (node.settings.node_dir / "building/pull-left/auth-x").write_text("secret")
@@ -45,7 +45,7 @@ async def test_what_a_build_had_begun_goes_with_the_node(how: str) -> None:
             await node.stop()
         await node.start()
 
-        follow = node.stub.FollowBuild(wire.FollowBuildRequest(build_id=asked.build_id), timeout=10)
+        follow = node.stub.FollowBuild(wire.FollowBuildRequest(build_id=asked.build_id), timeout=300)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await follow.read()
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
@@ -66,7 +66,7 @@ async def test_an_image_that_was_being_unpacked_goes_with_a_killed_node() -> Non
         noise = await asyncio.to_thread(os.urandom, 64 << 20)
         name = registry.push("noise", [images.layer([images.File("noise", noise)])])
         async with NodeProcess(warm_min=0, warm_max=0, insecure_registries=(registry.host,)) as node:
-            stream = node.stub.Build(request(from_image=name), timeout=60)
+            stream = node.stub.Build(request(from_image=name), timeout=300)
             await read_until(stream, "Unpacking the image")
 
             await node.kill_process()
@@ -76,7 +76,7 @@ async def test_an_image_that_was_being_unpacked_goes_with_a_killed_node() -> Non
             assert mounted == []
             assert list((node.settings.node_dir / "building").iterdir()) == []
             assert list((node.settings.node_dir / "layers").glob(".*")) == []
-            assert processes_in(str(node.data)) == []
+            await node.until(lambda: processes_in(str(node.data)) == [])
 
 
 def processes_in(folder: str) -> list[str]:
@@ -114,14 +114,14 @@ async def test_a_layer_that_only_the_cache_stands_on_goes_with_its_entry() -> No
         path = node.settings.node_dir / "layers" / f"{layer}.erofs"
         while_wanted = path.exists()
 
-        await node.stub.DeleteBuild(wire.DeleteBuildRequest(build_id=told.build_id, layers=[layer]), timeout=30)
+        await node.stub.DeleteBuild(wire.DeleteBuildRequest(build_id=told.build_id, layers=[layer]), timeout=300)
 
         assert (while_wanted, path.exists()) == (True, False)
         assert kept(node) == []
 
 
 async def test_a_build_may_not_take_for_ever() -> None:
-    async with NodeProcess(warm_min=0, warm_max=0, build_seconds=2, ready_seconds=1) as node:
+    async with NodeProcess(warm_min=0, warm_max=0, build_seconds=20, ready_seconds=1) as node:
         never_ready = await build(node, start_command="sleep 100", ready_command="false")
         too_long = await build(node, step("RUN", "sleep 100"))
 

@@ -324,16 +324,16 @@ async def test_start_and_ready_commands_are_inherited(node: NodeProcess) -> None
 
 
 async def test_a_build_goes_on_without_its_caller_and_can_be_followed(node: NodeProcess) -> None:
-    asked = request(steps=[step("RUN", "for n in 1 2 3 4 5; do echo line $n; sleep 0.3; done")])
-    stream = node.stub.Build(asked, timeout=60)
+    asked = request(steps=[step("RUN", "for n in 1 2 3 4 5; do echo line $n; sleep 1.5; done")])
+    stream = node.stub.Build(asked, timeout=300)
     seen = await read_until(stream, "line 1")
     stream.cancel()
 
-    again = node.stub.Build(asked, timeout=10)
+    again = node.stub.Build(asked, timeout=300)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await again.read()
     following = wire.FollowBuildRequest(build_id=asked.build_id, from_position=len(seen))
-    told = await follow(node.stub.FollowBuild(following, timeout=60), asked.build_id)
+    told = await follow(node.stub.FollowBuild(following, timeout=300), asked.build_id)
 
     assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
     assert [entry.position for entry in [*seen, *told.logs]] == list(range(len(seen) + len(told.logs)))
@@ -342,13 +342,13 @@ async def test_a_build_goes_on_without_its_caller_and_can_be_followed(node: Node
 
 async def test_a_cancelled_build_leaves_nothing(node: NodeProcess) -> None:
     asked = request(steps=[step("RUN", "echo begun; sleep 600")])
-    stream = node.stub.Build(asked, timeout=60)
+    stream = node.stub.Build(asked, timeout=300)
     await read_until(stream, "begun")
 
-    await node.stub.CancelBuild(wire.CancelBuildRequest(build_id=asked.build_id), timeout=30)
+    await node.stub.CancelBuild(wire.CancelBuildRequest(build_id=asked.build_id), timeout=300)
     left = leftovers(node)
     following = wire.FollowBuildRequest(build_id=asked.build_id)
-    told = await follow(node.stub.FollowBuild(following, timeout=30), asked.build_id)
+    told = await follow(node.stub.FollowBuild(following, timeout=300), asked.build_id)
     stream.cancel()
 
     assert left == []
@@ -375,10 +375,10 @@ async def test_a_deleted_builds_layer_goes_when_nothing_stands_on_it(node: NodeP
 
     machine = await node.create(image=told.image)
     delete = wire.DeleteBuildRequest(build_id=told.build_id, layers=[layer])
-    await node.stub.DeleteBuild(delete, timeout=30)
+    await node.stub.DeleteBuild(delete, timeout=300)
     while_used = path.exists()
-    await node.stub.Kill(wire.KillRequest(sandbox_id=machine.sandbox_id), timeout=30)
-    await node.stub.DeleteBuild(delete, timeout=30)
+    await node.stub.Kill(wire.KillRequest(sandbox_id=machine.sandbox_id), timeout=300)
+    await node.stub.DeleteBuild(delete, timeout=300)
 
     assert (while_used, path.exists()) == (True, False)
 

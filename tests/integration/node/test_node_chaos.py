@@ -65,29 +65,29 @@ class Storm:
 
     async def pause(self, name: str) -> None:
         memory = self.random.random() < 0.5
-        await self.node.stub.Pause(wire.PauseRequest(sandbox_id=name, memory=memory), timeout=60)
+        await self.node.stub.Pause(wire.PauseRequest(sandbox_id=name, memory=memory), timeout=300)
 
     async def resume(self, name: str) -> None:
         request = wire.ResumeRequest(
             sandbox_id=name, deadline_unix_ms=now_ms() + 30_000, discard_memory=self.random.random() < 0.3
         )
-        await self.node.stub.Resume(request, timeout=60)
+        await self.node.stub.Resume(request, timeout=300)
 
     async def snapshot(self, name: str) -> None:
         snapshot = f"snap{self.random.randrange(2)}"
         if self.random.random() < 0.5:
-            await self.node.stub.DeleteSnapshot(wire.DeleteSnapshotRequest(snapshot_id=snapshot), timeout=60)
+            await self.node.stub.DeleteSnapshot(wire.DeleteSnapshotRequest(snapshot_id=snapshot), timeout=300)
         else:
-            await self.node.stub.Snapshot(wire.SnapshotRequest(sandbox_id=name, snapshot_id=snapshot), timeout=60)
+            await self.node.stub.Snapshot(wire.SnapshotRequest(sandbox_id=name, snapshot_id=snapshot), timeout=300)
 
     async def kill(self, name: str) -> None:
-        await self.node.stub.Kill(wire.KillRequest(sandbox_id=name), timeout=60)
+        await self.node.stub.Kill(wire.KillRequest(sandbox_id=name), timeout=300)
 
 
 async def stays(node: NodeProcess, sandbox_id: str) -> bool:
     """Move a sandbox's deadline away; False when it was quicker."""
     try:
-        await node.stub.SetDeadline(wire.SetDeadlineRequest(sandbox_id=sandbox_id, deadline_unix_ms=now_ms() + 60_000))
+        await node.stub.SetDeadline(wire.SetDeadlineRequest(sandbox_id=sandbox_id, deadline_unix_ms=now_ms() + 900_000))
     except grpc.aio.AioRpcError:
         return False
     return True

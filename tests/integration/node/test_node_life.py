@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.root, pytest.mark.asyncio(loop_scope="module"), pytest
 
 
 async def kill(node: NodeProcess, sandbox_id: str) -> None:
-    await node.stub.Kill(wire.KillRequest(sandbox_id=sandbox_id), timeout=60)
+    await node.stub.Kill(wire.KillRequest(sandbox_id=sandbox_id), timeout=300)
 
 
 def runs(pid: int) -> bool:
@@ -78,7 +78,7 @@ async def test_processes_go_on_after_a_pause_in_memory(node: NodeProcess) -> Non
 
     paused = await node.stub.Pause(wire.PauseRequest(sandbox_id=machine.sandbox_id, memory=True))
     resumed = await node.stub.Resume(
-        wire.ResumeRequest(sandbox_id=machine.sandbox_id, deadline_unix_ms=now_ms() + 60_000)
+        wire.ResumeRequest(sandbox_id=machine.sandbox_id, deadline_unix_ms=now_ms() + 900_000)
     )
     first = await run(resumed.address, "cat /tmp/tick")
     ticked = f"until [ $(cat /tmp/tick) != {first.text} ]; do sleep 0.05; done; cat /tmp/tick"
@@ -96,7 +96,7 @@ async def test_files_alone_are_kept_when_asked_again_and_again(node: NodeProcess
     for turn in range(1, 4):
         await node.stub.Pause(wire.PauseRequest(sandbox_id=machine.sandbox_id, memory=False))
         machine = await node.stub.Resume(
-            wire.ResumeRequest(sandbox_id=machine.sandbox_id, deadline_unix_ms=now_ms() + 60_000)
+            wire.ResumeRequest(sandbox_id=machine.sandbox_id, deadline_unix_ms=now_ms() + 900_000)
         )
         await run(machine.address, f"test $(cat count) = {turn - 1} && echo {turn} > count")
 
@@ -132,13 +132,13 @@ async def test_forks_are_copies_of_the_same_instant(node: NodeProcess) -> None:
         wire.CreateRequest(
             sandbox_id=f"fork{number}",
             access_token="other-token",
-            deadline_unix_ms=now_ms() + 60_000,
+            deadline_unix_ms=now_ms() + 900_000,
             network=wire.Network(allow_internet=True),
         )
         for number in range(3)
     ]
 
-    answer = await node.stub.Fork(wire.ForkRequest(sandbox_id=source.sandbox_id, creates=creates), timeout=60)
+    answer = await node.stub.Fork(wire.ForkRequest(sandbox_id=source.sandbox_id, creates=creates), timeout=300)
     outputs = [
         await run(result.machine.address, "cat file; cat /etc/machine-id", token="other-token")
         for result in answer.results
@@ -152,7 +152,7 @@ async def test_forks_are_copies_of_the_same_instant(node: NodeProcess) -> None:
 
 
 async def test_the_deadline_ends_it_and_says_so(node: NodeProcess) -> None:
-    watch = node.stub.Watch(wire.WatchRequest(), timeout=30)
+    watch = node.stub.Watch(wire.WatchRequest(), timeout=300)
     await watch.read()
     machine = await node.create(deadline_unix_ms=now_ms() + 500)
 
@@ -166,7 +166,7 @@ async def test_the_deadline_ends_it_and_says_so(node: NodeProcess) -> None:
 
 
 async def test_the_deadline_can_pause_it(node: NodeProcess) -> None:
-    watch = node.stub.Watch(wire.WatchRequest(), timeout=30)
+    watch = node.stub.Watch(wire.WatchRequest(), timeout=300)
     await watch.read()
     machine = await node.create(deadline_unix_ms=now_ms() + 500, on_timeout=wire.TIMEOUT_ACTION_PAUSE_FILES)
 
@@ -175,19 +175,19 @@ async def test_the_deadline_can_pause_it(node: NodeProcess) -> None:
     watch.cancel()
     assert (paused.state, paused.memory_kept) == (wire.MACHINE_STATE_PAUSED, False)
     resumed = await node.stub.Resume(
-        wire.ResumeRequest(sandbox_id=machine.sandbox_id, deadline_unix_ms=now_ms() + 60_000)
+        wire.ResumeRequest(sandbox_id=machine.sandbox_id, deadline_unix_ms=now_ms() + 900_000)
     )
     assert (await run(resumed.address, "echo back")).text == "back"
     await kill(node, machine.sandbox_id)
 
 
 async def test_a_machine_that_dies_is_reported_and_removed(node: NodeProcess) -> None:
-    watch = node.stub.Watch(wire.WatchRequest(), timeout=30)
+    watch = node.stub.Watch(wire.WatchRequest(), timeout=300)
     await watch.read()
     machine = await node.create()
 
     os.kill(node.container_pid(machine.address), signal.SIGKILL)
-    ended = await asyncio.wait_for(node.event(watch, machine.sandbox_id), 5)
+    ended = await asyncio.wait_for(node.event(watch, machine.sandbox_id), 120)
 
     watch.cancel()
     assert ended.end_reason == wire.END_REASON_DIED
@@ -224,7 +224,7 @@ async def test_a_paused_sandbox_can_be_killed(node: NodeProcess) -> None:
 
 async def test_closed_networks_stay_closed_and_can_be_opened(node: NodeProcess) -> None:
     machine = await node.create(network=wire.Network(allow_internet=False))
-    probe = "timeout 3 bash -c '</dev/tcp/192.0.2.1/9' 2>&1 | grep -o -m1 refused | head -1"
+    probe = "timeout 60 bash -c '</dev/tcp/192.0.2.1/9' 2>&1 | grep -o -m1 refused | head -1"
 
     before = await run(machine.address, probe)
     changed = await node.stub.SetNetwork(
@@ -247,7 +247,7 @@ async def test_closed_networks_stay_closed_and_can_be_opened(node: NodeProcess) 
 
 
 async def test_logs_and_samples_come_from_the_machine(node: NodeProcess) -> None:
-    watch = node.stub.Watch(wire.WatchRequest(), timeout=30)
+    watch = node.stub.Watch(wire.WatchRequest(), timeout=300)
     await watch.read()
     machine = await node.create()
     await run(machine.address, "echo logged")
