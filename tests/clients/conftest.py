@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ GIVEN = instance.from_environment()
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(seconds(120)))
+            item.add_marker(pytest.mark.timeout(seconds(1200)))
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +71,10 @@ def end_and_count(emberbox: Emberbox, *, all_killed: bool) -> None:
 
     emberbox.down()
 
-    left = leaks.holdings(emberbox, tag)
+    # The kernel takes namespaces and links apart, and reaps processes, in its own time.
+    deadline = time.monotonic() + seconds(30)
+    while not (left := leaks.holdings(emberbox, tag)).empty() and time.monotonic() < deadline:
+        time.sleep(0.5)
     assert left.empty(), f"left on the host after `emberbox down`:\n{left}"
     instance.remove(emberbox)
     assert not (all_killed and forgotten), f"sandboxes that no test killed: {forgotten}"
@@ -124,7 +128,7 @@ def agent_of(emberbox: Emberbox) -> Iterator[Callable[..., Agent]]:
 @pytest.fixture(scope="module")
 def sandbox(emberbox: Emberbox) -> Iterator[Sandbox]:
     """A sandbox shared by a module's tests; they use paths and processes of their own in it."""
-    shared = Sandbox.create(timeout=whole_seconds(600))
+    shared = Sandbox.create(timeout=whole_seconds(3600))
     yield shared
     shared.kill()
 
@@ -135,7 +139,7 @@ def make_sandbox(emberbox: Emberbox) -> Iterator[Callable[..., Sandbox]]:
     made: list[Sandbox] = []
 
     def make(template: str | None = None, **options: Any) -> Sandbox:
-        options.setdefault("timeout", whole_seconds(120))
+        options.setdefault("timeout", whole_seconds(600))
         made.append(Sandbox.create(template, **options))
         return made[-1]
 
@@ -149,7 +153,7 @@ async def make_async_sandbox(emberbox: Emberbox) -> AsyncIterator[Callable[..., 
     made: list[AsyncSandbox] = []
 
     async def make(template: str | None = None, **options: Any) -> AsyncSandbox:
-        options.setdefault("timeout", whole_seconds(120))
+        options.setdefault("timeout", whole_seconds(600))
         made.append(await AsyncSandbox.create(template, **options))
         return made[-1]
 
@@ -210,7 +214,7 @@ def building(registries: tuple[LocalRegistry, ...]) -> Iterator[Emberbox]:
         return
     own = instance.start(
         settings={
-            "EMBERBOX_READY_SECONDS": str(whole_seconds(10)),
+            "EMBERBOX_READY_SECONDS": str(whole_seconds(20)),
             "EMBERBOX_TEMPLATES_DIR": str(HERE / "shipped"),
             "EMBERBOX_INSECURE_REGISTRIES": json.dumps([each.host for each in registries]),
         }

@@ -148,7 +148,7 @@ async def test_life_cycle(make_async_sandbox):
     assert await sandbox.pause() is True
     paused = await AsyncSandbox.get_info(sandbox.sandbox_id)
     assert await sandbox.pause() is False
-    again = await AsyncSandbox.connect(sandbox.sandbox_id, timeout=whole_seconds(60))
+    again = await AsyncSandbox.connect(sandbox.sandbox_id, timeout=whole_seconds(600))
     await again.set_timeout(whole_seconds(90))
 
     assert paused.state == "paused"
@@ -185,7 +185,7 @@ async def test_metrics_and_signed_urls(make_async_sandbox):
     sandbox = await make_async_sandbox()
 
     url = sandbox.download_url("/etc/hostname", use_signature_expiration=60)
-    await eventually_async(sandbox.get_metrics, within=20, every=0.5, what="a first sample")
+    await eventually_async(sandbox.get_metrics, within=90, every=0.5, what="a first sample")
 
     assert "signature=v1_" in url
     assert "signature_expiration=" in url

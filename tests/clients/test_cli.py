@@ -9,7 +9,7 @@ import pytest
 from e2b import Sandbox
 
 from tests.clients.support import node
-from tests.clients.support.timing import eventually, whole_seconds
+from tests.clients.support.timing import eventually
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_create_takes_timeout_and_life_cycle(cli):
     info = Sandbox.get_info(sandbox_id)
     Sandbox.kill(sandbox_id)
 
-    assert (info.end_at - info.started_at).total_seconds() == pytest.approx(300, abs=5)
+    assert (info.end_at - info.started_at).total_seconds() == pytest.approx(300, abs=60)
     assert info.lifecycle == {"on_timeout": "pause", "auto_resume": True}
 
 
@@ -167,7 +167,7 @@ def test_exec_in_a_missing_sandbox_fails(cli):
 
 
 def test_connect_opens_a_terminal(cli, make_sandbox):
-    sandbox = make_sandbox(timeout=whole_seconds(120))
+    sandbox = make_sandbox()
     terminal = node.Terminal(str(node.CLI), "sandbox", "connect", sandbox.sandbox_id, env={**cli.env, "TERM": "xterm"})
     try:
         terminal.wait_for("$")
@@ -195,7 +195,7 @@ def test_create_with_a_terminal_ends_the_sandbox_afterwards(cli, emberbox):
     sandbox_id = re.search(rb"sandbox ID (?:\x1b\[[0-9;]*m)*([a-z0-9]+)", terminal.output)
     assert sandbox_id, terminal.output
 
-    eventually(lambda: not _exists(sandbox_id[1].decode()), within=15, what="the sandbox of the terminal ends")
+    eventually(lambda: not _exists(sandbox_id[1].decode()), within=90, what="the sandbox of the terminal ends")
     assert code == 0
 
 
@@ -221,7 +221,7 @@ def test_logs_are_printed(cli, sandbox):
         assert done.returncode == 0, done.stderr
         return [line for line in _plain(done.stdout).splitlines() if line.strip()]
 
-    lines = eventually(logs, within=15, every=0.5, what="a log line")
+    lines = eventually(logs, within=90, every=0.5, what="a log line")
     pretty = cli("sandbox", "logs", sandbox.sandbox_id)
 
     assert all("timestamp" in json.loads(line) for line in lines)
@@ -230,7 +230,7 @@ def test_logs_are_printed(cli, sandbox):
 
 
 def test_metrics_are_printed(cli, sandbox):
-    eventually(sandbox.get_metrics, within=20, every=0.5, what="a first sample")
+    eventually(sandbox.get_metrics, within=90, every=0.5, what="a first sample")
 
     pretty = cli("sandbox", "metrics", sandbox.sandbox_id)
     as_json = cli("sandbox", "metrics", "--format", "json", sandbox.sandbox_id)

@@ -36,19 +36,22 @@ def test_a_command_that_kills_itself_says_so(sandbox):
 
 
 def test_callbacks_see_output_while_the_command_runs(sandbox):
-    seen: list[tuple[str, float]] = []
+    seen: list[str] = []
 
+    def note(text):
+        seen.extend(text.split())
+        if "first" in text:
+            sandbox.files.write("heard", "")
+
+    # It ends only when somebody has heard its first line.
     sandbox.commands.run(
-        "echo first; sleep 1; echo second; echo problem >&2",
-        on_stdout=lambda text: seen.append((text, time.monotonic())),
-        on_stderr=lambda text: seen.append((text, time.monotonic())),
+        "echo first; until [ -e heard ]; do sleep 0.05; done; echo second; echo problem >&2",
+        on_stdout=note,
+        on_stderr=note,
     )
 
-    texts = "".join(text for text, _ in seen)
-    assert sorted(texts.split()) == ["first", "problem", "second"]
-    first = next(at for text, at in seen if "first" in text)
-    second = next(at for text, at in seen if "second" in text)
-    assert second - first > 0.5
+    assert seen[0] == "first"
+    assert sorted(seen) == ["first", "problem", "second"]
 
 
 def test_cwd_is_where_the_command_runs(sandbox, folder):
@@ -104,11 +107,12 @@ def test_a_background_command_is_listed_connected_and_killed(sandbox):
 
 def test_killing_a_command_ends_its_children(sandbox):
     handle = sandbox.commands.run("sleep 4567 & sleep 4567 & wait", background=True)
-    eventually(lambda: sandbox.commands.run("pgrep -fc '[s]leep 4567'").stdout.strip() >= "2", what="children started")
+    count = "pgrep -fc '^sleep 4567' || true"
+    eventually(lambda: sandbox.commands.run(count).stdout == "2\n", what="children started")
 
     handle.kill()
 
-    eventually(lambda: sandbox.commands.run("pgrep -fc '[s]leep 4567' || true").stdout.strip() == "0", what="children")
+    eventually(lambda: sandbox.commands.run(count).stdout == "0\n", what="children")
 
 
 def test_a_killed_unknown_process_is_not_found(sandbox):
@@ -147,7 +151,7 @@ def test_streamed_stdin_arrives_in_order(sandbox):
 
 
 def test_without_stdin_the_command_reads_end_of_file(sandbox):
-    assert sandbox.commands.run("cat; echo end", timeout=seconds(10)).stdout == "end\n"
+    assert sandbox.commands.run("cat; echo end", timeout=seconds(60)).stdout == "end\n"
 
 
 def test_a_timed_out_command_is_killed_and_the_client_told(sandbox):
@@ -156,7 +160,7 @@ def test_a_timed_out_command_is_killed_and_the_client_told(sandbox):
     with pytest.raises(TimeoutException):
         sandbox.commands.run("sleep 5678", timeout=seconds(1))
 
-    assert time.monotonic() - started < seconds(10)
+    assert time.monotonic() - started < seconds(60)
     eventually(lambda: "5678" not in sandbox.commands.run("ps ax -o args").stdout, what="the command is killed")
 
 

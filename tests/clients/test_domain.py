@@ -26,7 +26,7 @@ from tests.support.ports import free_ports
 pytestmark = [
     pytest.mark.root,
     pytest.mark.skipif(os.geteuid() != 0, reason="a name server of its own needs root"),
-    pytest.mark.timeout(seconds(900)),
+    pytest.mark.timeout(seconds(1800)),
 ]
 NAME = "sandboxes.test"
 
@@ -115,7 +115,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
                 env={**kept, "E2B_DOMAIN": domain, "E2B_API_KEY": emberbox.api_key, "SSL_CERT_FILE": str(cert)},
                 capture_output=True,
                 text=True,
-                timeout=seconds(300),
+                timeout=seconds(900),
             )
         assert done.returncode == 0, done.stderr
         yield json.loads(done.stdout)

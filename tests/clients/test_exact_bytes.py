@@ -117,8 +117,8 @@ def test_a_large_file_goes_up_and_down(sandbox, folder):
     content = os.urandom(1 << 20) * 64
     digest = hashlib.sha256(content).hexdigest()
 
-    sandbox.files.write(f"{folder}/large", content, use_octet_stream=True, request_timeout=seconds(60))
-    inside = sandbox.commands.run(f"sha256sum < {folder}/large", timeout=seconds(60)).stdout.split()[0]
+    sandbox.files.write(f"{folder}/large", content, use_octet_stream=True, request_timeout=seconds(400))
+    inside = sandbox.commands.run(f"sha256sum < {folder}/large", timeout=seconds(400)).stdout.split()[0]
     received = hashlib.sha256()
     for chunk in sandbox.files.read(f"{folder}/large", format="stream"):
         received.update(chunk)
@@ -155,8 +155,8 @@ def test_signed_urls_download_and_upload_exact_bytes(sandbox, folder, emberbox):
     upload = sandbox.upload_url(f"{folder}/signed file.bin", use_signature_expiration=60)
     download = sandbox.download_url(f"{folder}/signed file.bin")
 
-    up = httpx.post(upload, files={"file": ("ignored", ALL_BYTES)}, headers=route, timeout=seconds(30))
-    down = httpx.get(download, headers=route, timeout=seconds(30))
+    up = httpx.post(upload, files={"file": ("ignored", ALL_BYTES)}, headers=route, timeout=seconds(120))
+    down = httpx.get(download, headers=route, timeout=seconds(120))
 
     assert up.status_code == 200, up.text
     assert down.content == ALL_BYTES
@@ -168,12 +168,12 @@ def test_signed_urls_are_good_for_their_path_user_operation_and_time_only(sandbo
     url = sandbox.download_url(f"{folder}/file")
 
     def get(address):
-        return httpx.get(address, headers=route, timeout=seconds(30)).status_code
+        return httpx.get(address, headers=route, timeout=seconds(120)).status_code
 
     assert get(url) == 200
     assert get(url.replace("signature=v1_", "signature=v1_A")) == 401
     assert get(str(httpx.URL(url).copy_set_param("path", "/etc/hostname"))) == 401
     assert get(url + "&username=root") == 401
     assert get(sandbox.download_url(f"{folder}/file", use_signature_expiration=-10)) == 401
-    assert httpx.post(url, files={"file": b"y"}, headers=route, timeout=seconds(30)).status_code == 401
+    assert httpx.post(url, files={"file": b"y"}, headers=route, timeout=seconds(120)).status_code == 401
     assert sandbox.files.read(f"{folder}/file") == "x"

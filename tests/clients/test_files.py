@@ -379,7 +379,7 @@ def test_odd_names_survive(sandbox, folder):
         assert sandbox.files.read(f"{folder}/{name}") == name
 
 
-def _events_until(watcher, enough, within=10):
+def _events_until(watcher, enough, within=90):
     seen: set[tuple[str, str]] = set()
     deadline = time.monotonic() + seconds(within)
     while not enough(seen):
@@ -389,7 +389,7 @@ def _events_until(watcher, enough, within=10):
     return seen
 
 
-def _entries_until(watcher, enough, within=10):
+def _entries_until(watcher, enough, within=90):
     entries = []
     deadline = time.monotonic() + seconds(within)
     while not any(enough(entry) for entry in entries):

@@ -10,7 +10,7 @@ from tests.clients.support.timing import seconds
 FILES = sorted(path.name for path in node.JS.glob("*.test.mjs"))
 
 
-@pytest.mark.timeout(seconds(300))
+@pytest.mark.timeout(seconds(1800))
 @pytest.mark.parametrize("name", FILES)
 def test_javascript(emberbox, tmp_path, name):
     node.run_tests(emberbox, tmp_path, name)

@@ -41,8 +41,8 @@ def test_set_timeout_counts_from_now_and_may_shorten(make_sandbox):
     sandbox.set_timeout(100)
     shortened = _left(sandbox.sandbox_id)
 
-    assert extended == pytest.approx(500, abs=10)
-    assert shortened == pytest.approx(100, abs=10)
+    assert extended == pytest.approx(500, abs=60)
+    assert shortened == pytest.approx(100, abs=60)
 
 
 def test_refreshes_extend_and_never_shorten(make_sandbox, api):
@@ -54,14 +54,14 @@ def test_refreshes_extend_and_never_shorten(make_sandbox, api):
     extended = _left(sandbox.sandbox_id)
 
     assert (shorter.status_code, longer.status_code) == (204, 204)
-    assert kept == pytest.approx(300, abs=15)
-    assert extended == pytest.approx(600, abs=15)
+    assert kept == pytest.approx(300, abs=60)
+    assert extended == pytest.approx(600, abs=60)
 
 
 def test_an_expired_sandbox_is_gone(make_sandbox):
-    sandbox = make_sandbox(timeout=whole_seconds(2))
+    sandbox = make_sandbox(timeout=whole_seconds(8))
 
-    eventually(lambda: _gone(sandbox.sandbox_id), within=10, what="the sandbox expires")
+    eventually(lambda: _gone(sandbox.sandbox_id), within=90, what="the sandbox expires")
 
     assert sandbox.is_running() is False
     assert sandbox.kill() is False
@@ -74,7 +74,7 @@ def test_timeout_zero_ends_it_at_once(make_sandbox):
 
     sandbox.set_timeout(0)
 
-    eventually(lambda: _gone(sandbox.sandbox_id), within=5, what="the sandbox expires")
+    eventually(lambda: _gone(sandbox.sandbox_id), within=90, what="the sandbox expires")
 
 
 def test_connecting_to_a_running_one_only_extends(make_sandbox):
@@ -85,8 +85,8 @@ def test_connecting_to_a_running_one_only_extends(make_sandbox):
     Sandbox.connect(sandbox.sandbox_id, timeout=900)
     extended = _left(sandbox.sandbox_id)
 
-    assert kept == pytest.approx(300, abs=15)
-    assert extended == pytest.approx(900, abs=15)
+    assert kept == pytest.approx(300, abs=60)
+    assert extended == pytest.approx(900, abs=60)
 
 
 def test_connect_answers_200_when_running_and_201_when_it_resumed(make_sandbox, api):
@@ -127,7 +127,9 @@ def test_a_paused_sandbox_is_not_running_for_its_clients(make_sandbox):
 
 def test_a_background_command_survives_pause_and_resume(make_sandbox):
     sandbox = make_sandbox()
-    handle = sandbox.commands.run("n=0; while true; do n=$((n+1)); echo $n > ~/count; sleep 0.1; done", background=True)
+    handle = sandbox.commands.run(
+        "n=0; while true; do n=$((n+1)); echo $n > ~/new; mv ~/new ~/count; sleep 0.1; done", background=True
+    )
     eventually(lambda: sandbox.files.exists("count"), what="the loop runs")
 
     sandbox.pause()
@@ -136,7 +138,7 @@ def test_a_background_command_survives_pause_and_resume(make_sandbox):
     before = int(again.files.read("count"))
     listed = [each.pid for each in again.commands.list()]
     connected = again.commands.connect(handle.pid)
-    eventually(lambda: int(again.files.read("count") or 0) > before, what="the loop goes on")
+    eventually(lambda: int(again.files.read("count")) > before, what="the loop goes on")
     killed = connected.kill()
 
     assert handle.pid in listed
@@ -146,16 +148,16 @@ def test_a_background_command_survives_pause_and_resume(make_sandbox):
 
 
 def test_paused_time_does_not_consume_the_timeout(make_sandbox):
-    sandbox = make_sandbox(timeout=whole_seconds(6))
+    sandbox = make_sandbox(timeout=whole_seconds(12))
 
     sandbox.pause()
-    time.sleep(seconds(8))
+    time.sleep(seconds(14))
     state = Sandbox.get_info(sandbox.sandbox_id).state
-    again = sandbox.connect(timeout=whole_seconds(60))
+    again = sandbox.connect(timeout=whole_seconds(300))
 
     assert state == SandboxState.PAUSED
     assert again.commands.run("echo alive").stdout == "alive\n"
-    assert _left(sandbox.sandbox_id) == pytest.approx(whole_seconds(60), abs=10)
+    assert _left(sandbox.sandbox_id) == pytest.approx(whole_seconds(300), abs=60)
 
 
 def test_resume_with_an_empty_body_works(make_sandbox, api):
@@ -185,44 +187,46 @@ def test_the_clock_is_right_after_a_pause(make_sandbox):
     sandbox.pause()
     time.sleep(2)
     again = sandbox.connect()
+    before = time.time()
     inside = float(again.commands.run("date +%s.%N").stdout)
+    after = time.time()
 
-    assert inside == pytest.approx(time.time(), abs=1.5)
+    assert before - 1.5 < inside < after + 1.5
 
 
 def test_a_timeout_may_pause_instead_of_kill(make_sandbox):
-    sandbox = make_sandbox(timeout=whole_seconds(3), lifecycle={"on_timeout": "pause"})
+    sandbox = make_sandbox(lifecycle={"on_timeout": "pause"})
     sandbox.files.write("kept.txt", "kept")
+    sandbox.set_timeout(whole_seconds(1))
 
-    eventually(lambda: Sandbox.get_info(sandbox.sandbox_id).state == SandboxState.PAUSED, within=15, what="auto-pause")
-    again = sandbox.connect(timeout=whole_seconds(60))
+    eventually(lambda: Sandbox.get_info(sandbox.sandbox_id).state == SandboxState.PAUSED, within=90, what="auto-pause")
+    again = sandbox.connect(timeout=whole_seconds(300))
 
     assert again.files.read("kept.txt") == "kept"
     assert Sandbox.get_info(sandbox.sandbox_id).lifecycle["on_timeout"] == "pause"
 
 
 def test_connect_keeps_the_auto_pause_setting(make_sandbox):
-    sandbox = make_sandbox(timeout=whole_seconds(120), lifecycle={"on_timeout": "pause"})
+    sandbox = make_sandbox(lifecycle={"on_timeout": "pause"})
 
     sandbox.pause()
-    again = sandbox.connect(timeout=whole_seconds(60))
+    again = sandbox.connect(timeout=whole_seconds(300))
     again.set_timeout(whole_seconds(2))
 
     eventually(
-        lambda: Sandbox.get_info(sandbox.sandbox_id).state == SandboxState.PAUSED, within=15, what="paused again"
+        lambda: Sandbox.get_info(sandbox.sandbox_id).state == SandboxState.PAUSED, within=90, what="paused again"
     )
     assert Sandbox.get_info(sandbox.sandbox_id).lifecycle["on_timeout"] == "pause"
 
 
 def test_a_pause_of_files_only_stops_the_processes(make_sandbox):
-    sandbox = make_sandbox(
-        timeout=whole_seconds(4), lifecycle={"on_timeout": {"action": "pause", "mode": "filesystem"}}
-    )
+    sandbox = make_sandbox(lifecycle={"on_timeout": {"action": "pause", "mode": "filesystem"}})
     handle = sandbox.commands.run("echo started > ~/started; sleep 100000", background=True, timeout=0)
     eventually(lambda: sandbox.files.exists("started"), what="the command runs")
+    sandbox.set_timeout(whole_seconds(1))
 
-    eventually(lambda: Sandbox.get_info(sandbox.sandbox_id).state == SandboxState.PAUSED, within=15, what="auto-pause")
-    again = sandbox.connect(timeout=whole_seconds(60))
+    eventually(lambda: Sandbox.get_info(sandbox.sandbox_id).state == SandboxState.PAUSED, within=90, what="auto-pause")
+    again = sandbox.connect(timeout=whole_seconds(300))
 
     assert again.files.read("started") == "started\n"
     assert handle.pid not in [each.pid for each in again.commands.list()]
@@ -255,7 +259,7 @@ def test_connecting_with_reboot_starts_afresh_from_the_disk(make_sandbox):
 
 
 def test_traffic_wakes_a_paused_sandbox_that_may_resume(make_sandbox, agent_of):
-    sandbox = make_sandbox(timeout=whole_seconds(60), lifecycle={"on_timeout": "pause", "auto_resume": True})
+    sandbox = make_sandbox(lifecycle={"on_timeout": "pause", "auto_resume": True})
     sandbox.files.write("kept.txt", "kept")
     sandbox.pause()
 

@@ -15,7 +15,7 @@ from tests.clients.support.timing import eventually, seconds, whole_seconds
 
 SETTINGS = {"EMBERBOX_MAX_MACHINES": "1", "EMBERBOX_RATE_PER_SECOND": "2", "EMBERBOX_RATE_BURST": "20"}
 
-pytestmark = [pytest.mark.timeout(seconds(300)), pytest.mark.xdist_group("limits")]
+pytestmark = [pytest.mark.timeout(seconds(1800)), pytest.mark.xdist_group("limits")]
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_too_many_requests_are_a_rate_limit_and_pass_again_later(own_emberbox: E
     assert refused, "80 requests at once met no limit of 20"
     assert "a second" in refused[0]
     assert "" in answers
-    eventually(lambda: ask(0) == "", within=20, every=1, what="a request passes again")
+    eventually(lambda: ask(0) == "", within=90, every=1, what="a request passes again")
 
 
 def test_a_single_client_is_slowed_down_not_refused(own_emberbox: Emberbox) -> None:

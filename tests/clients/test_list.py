@@ -16,7 +16,7 @@ def family(emberbox):
     """Five sandboxes with a mark of their own; the last is paused."""
     mark = uuid.uuid4().hex
     made = [
-        Sandbox.create(timeout=whole_seconds(300), metadata={"mark": mark, "number": str(n), "odd key": "a&b=c é/+%"})
+        Sandbox.create(timeout=whole_seconds(1800), metadata={"mark": mark, "number": str(n), "odd key": "a&b=c é/+%"})
         for n in range(5)
     ]
     made[4].pause()

@@ -31,7 +31,7 @@ def inspect(emberbox: Emberbox, home: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.timeout(seconds(900))
+@pytest.mark.timeout(seconds(1800))
 def test_the_inspector_lists_and_calls_every_tool(emberbox, tmp_path):
     untried = {tool["name"] for tool in inspect(emberbox, tmp_path, "--method", "tools/list")["tools"]}
 

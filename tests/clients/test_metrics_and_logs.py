@@ -12,7 +12,7 @@ from tests.clients.support.timing import eventually, seconds
 
 
 def test_metrics_are_sampled_while_it_runs(sandbox):
-    samples = eventually(sandbox.get_metrics, within=20, every=0.5, what="a first sample")
+    samples = eventually(sandbox.get_metrics, within=90, every=0.5, what="a first sample")
 
     sample = samples[-1]
     assert sample.cpu_count >= 1
@@ -21,18 +21,18 @@ def test_metrics_are_sampled_while_it_runs(sandbox):
     assert 0 <= sample.mem_cache <= sample.mem_total
     assert 0 < sample.disk_used < sample.disk_total
     assert sample.mem_total == pytest.approx(sandbox.get_info().memory_mb * 1024 * 1024, rel=0.25)
-    assert abs((datetime.datetime.now(datetime.UTC) - sample.timestamp).total_seconds()) < seconds(30)
+    assert abs((datetime.datetime.now(datetime.UTC) - sample.timestamp).total_seconds()) < seconds(60)
 
 
 def test_work_shows_in_the_metrics(make_sandbox):
     sandbox = make_sandbox()
     sandbox.commands.run(
-        "timeout 14 sh -c 'while :; do :; done' & head -c 200M /dev/urandom > ~/ballast; wait", background=True
+        "timeout 300 sh -c 'while :; do :; done' & head -c 200M /dev/urandom > ~/ballast; wait", background=True
     )
 
     busy = eventually(
         lambda: [each for each in sandbox.get_metrics() if each.cpu_used_pct > 10 and each.disk_used > 100_000_000],
-        within=25,
+        within=90,
         every=0.5,
         what="a busy sample",
     )
@@ -41,7 +41,7 @@ def test_work_shows_in_the_metrics(make_sandbox):
 
 
 def test_metrics_can_be_cut_by_time(sandbox):
-    eventually(sandbox.get_metrics, within=20, every=0.5, what="a first sample")
+    eventually(sandbox.get_metrics, within=90, every=0.5, what="a first sample")
     hour = datetime.timedelta(hours=1)
     now = datetime.datetime.now(datetime.UTC)
 
@@ -51,7 +51,7 @@ def test_metrics_can_be_cut_by_time(sandbox):
 
 
 def test_metrics_of_several_sandboxes_come_in_one_answer(sandbox, api):
-    eventually(sandbox.get_metrics, within=20, every=0.5, what="a first sample")
+    eventually(sandbox.get_metrics, within=90, every=0.5, what="a first sample")
 
     answer = api.get("/sandboxes/metrics", params={"sandbox_ids": f"{sandbox.sandbox_id},i{'0' * 19}"})
 
@@ -68,7 +68,7 @@ def test_metrics_of_nothing_are_not_found(emberbox):
 def test_both_logs_tell_the_same_story(sandbox, api):
     sandbox.commands.run("echo into the log")
     first = eventually(
-        lambda: api.get(f"/sandboxes/{sandbox.sandbox_id}/logs").json()["logs"], within=15, every=0.3, what="a log line"
+        lambda: api.get(f"/sandboxes/{sandbox.sandbox_id}/logs").json()["logs"], within=90, every=0.3, what="a log line"
     )
     second = api.get(f"/v2/sandboxes/{sandbox.sandbox_id}/logs").json()["logs"]
 
@@ -80,7 +80,7 @@ def test_both_logs_tell_the_same_story(sandbox, api):
 
 
 def test_logs_page_by_cursor_without_loss(sandbox, api):
-    eventually(lambda: _v2(api, sandbox), within=15, every=0.3, what="a log line")
+    eventually(lambda: _v2(api, sandbox), within=90, every=0.3, what="a log line")
     everything = _v2(api, sandbox, direction="forward", limit=1000)
 
     newest = _v2(api, sandbox, direction="backward", limit=1)

@@ -13,10 +13,11 @@ import pytest
 from e2b import Sandbox
 
 from tests.clients.support.timing import eventually, seconds
+from tests.support.networks import Claim
 
 # Outside every private and special range that a sandbox is kept from, but never routed beyond this host:
 # the namespace's own route is more specific than any other.
-TARGET_NETWORKS = [ipaddress.ip_network(f"192.88.98.{n}/30") for n in range(0, 256, 4)]
+TARGET_NETWORKS = [ipaddress.IPv4Network(f"192.88.98.{n}/30") for n in range(0, 256, 4)]
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ def _ip(*arguments: str) -> None:
 def target(local) -> Iterator[Target]:
     if os.geteuid() != 0:
         pytest.skip("making a network namespace needs root")
-    network = TARGET_NETWORKS[os.getpid() % len(TARGET_NETWORKS)]
-    host_side, address = (str(each) for each in network.hosts())
+    claim = Claim(TARGET_NETWORKS)
+    host_side, address = (str(each) for each in claim.network.hosts())
     name = f"cltest{os.getpid() % 100000}"
     _ip("netns", "add", name)
     try:
@@ -52,13 +53,14 @@ def target(local) -> Iterator[Target]:
         )
         server = subprocess.Popen(["ip", "netns", "exec", name, sys.executable, "-c", accept])
         try:
-            eventually(lambda: _connects_from_here(address), within=10, what="the target listens")
+            eventually(lambda: _connects_from_here(address), within=90, what="the target listens")
             yield Target(address, host_side)
         finally:
             server.kill()
             server.wait()
     finally:
         _ip("netns", "del", name)
+        claim.release()
 
 
 def _connects_from_here(address: str) -> bool:
@@ -72,8 +74,8 @@ def _connects_from_here(address: str) -> bool:
 
 
 def reaches(sandbox: Sandbox, address: str, port: int = 80) -> bool:
-    script = f"timeout 3 bash -c 'exec 3<>/dev/tcp/{address}/{port}' 2>/dev/null && echo yes || echo no"
-    return sandbox.commands.run(script, timeout=seconds(20)).stdout.strip() == "yes"
+    script = f"timeout 15 bash -c 'exec 3<>/dev/tcp/{address}/{port}' 2>/dev/null && echo yes || echo no"
+    return sandbox.commands.run(script, timeout=seconds(60)).stdout.strip() == "yes"
 
 
 def test_the_internet_is_open_by_default(make_sandbox, target):

@@ -9,7 +9,7 @@ from tests.clients.support.timing import seconds
 
 
 def _run(sandbox, typed: bytes, **options) -> tuple[str, int]:
-    pty = sandbox.pty.create(PtySize(rows=24, cols=80), timeout=seconds(30), **options)
+    pty = sandbox.pty.create(PtySize(rows=24, cols=80), timeout=seconds(120), **options)
     sandbox.pty.send_stdin(pty.pid, typed)
     output = bytearray()
     try:
@@ -40,7 +40,7 @@ def test_the_exit_code_of_the_shell_comes_back(sandbox):
 
 
 def test_size_and_resize_reach_the_terminal(sandbox):
-    pty = sandbox.pty.create(PtySize(rows=11, cols=22), timeout=seconds(30))
+    pty = sandbox.pty.create(PtySize(rows=11, cols=22), timeout=seconds(120))
     sandbox.pty.send_stdin(pty.pid, b"stty size\n")
     sandbox.pty.resize(pty.pid, PtySize(rows=33, cols=44))
     sandbox.pty.send_stdin(pty.pid, b"sleep 0.3; stty size; exit\n")
@@ -52,7 +52,7 @@ def test_size_and_resize_reach_the_terminal(sandbox):
 
 
 def test_control_c_interrupts_the_foreground_command(sandbox):
-    pty = sandbox.pty.create(PtySize(rows=24, cols=80), timeout=seconds(30))
+    pty = sandbox.pty.create(PtySize(rows=24, cols=80), timeout=seconds(120))
     output = bytearray()
     events = iter(pty)
 
@@ -68,10 +68,10 @@ def test_control_c_interrupts_the_foreground_command(sandbox):
 
 
 def test_a_terminal_is_connected_again_after_a_disconnect(sandbox):
-    pty = sandbox.pty.create(PtySize(rows=24, cols=80), timeout=seconds(30))
+    pty = sandbox.pty.create(PtySize(rows=24, cols=80), timeout=seconds(120))
     pty.disconnect()
 
-    again = sandbox.pty.connect(pty.pid, timeout=seconds(30))
+    again = sandbox.pty.connect(pty.pid, timeout=seconds(120))
     sandbox.pty.send_stdin(pty.pid, b"echo back; exit 4\n")
     output = bytearray()
     with pytest.raises(CommandExitException) as ended:
@@ -82,7 +82,7 @@ def test_a_terminal_is_connected_again_after_a_disconnect(sandbox):
 
 
 def test_a_killed_terminal_is_gone(sandbox):
-    pty = sandbox.pty.create(PtySize(rows=24, cols=80), timeout=seconds(30))
+    pty = sandbox.pty.create(PtySize(rows=24, cols=80), timeout=seconds(120))
 
     assert sandbox.pty.kill(pty.pid) is True
     with pytest.raises(CommandExitException) as ended:
@@ -94,13 +94,20 @@ def test_a_killed_terminal_is_gone(sandbox):
 
 
 def test_unicode_and_large_pastes_pass_a_terminal(sandbox, folder):
-    pty = sandbox.pty.create(PtySize(rows=24, cols=80), timeout=seconds(60))
+    pty = sandbox.pty.create(PtySize(rows=24, cols=80), timeout=seconds(400))
     lines = "".join(f"{n} äöü日本🔥\n" for n in range(3000))
 
-    sandbox.pty.send_stdin(pty.pid, f"stty -echo; cat > {folder}/pasted\n".encode())
+    output = bytearray()
+    events = iter(pty)
+
+    # What is typed before `cat` reads may be taken for the shell's.
+    sandbox.pty.send_stdin(pty.pid, f"stty -echo; echo rea''dy; cat > {folder}/pasted\n".encode())
+    while b"ready" not in output:
+        output.extend(next(events)[2] or b"")
     for start in range(0, len(lines), 500):
         sandbox.pty.send_stdin(pty.pid, lines[start : start + 500].encode())
     sandbox.pty.send_stdin(pty.pid, b"\x04exit\n")
-    pty.wait()
+    for _ in events:
+        pass
 
     assert sandbox.files.read(f"{folder}/pasted") == lines

@@ -25,7 +25,7 @@ def example(language):
 def test_the_python_example(emberbox, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", example("python")],
-        cwd=tmp_path, env={**os.environ, **emberbox.client_env}, capture_output=True, text=True, timeout=seconds(60),
+        cwd=tmp_path, env={**os.environ, **emberbox.client_env}, capture_output=True, text=True, timeout=seconds(400),
         check=False,
     )  # fmt: skip
 
@@ -33,7 +33,7 @@ def test_the_python_example(emberbox, tmp_path):
     assert done.stdout.startswith("Hello from")
 
 
-@pytest.mark.timeout(seconds(300))
+@pytest.mark.timeout(seconds(1800))
 def test_the_javascript_example(emberbox, tmp_path):
     node.install()
     # Modules are looked for beside the file.
@@ -43,7 +43,7 @@ def test_the_javascript_example(emberbox, tmp_path):
 
     done = subprocess.run(
         ["node", str(program)],
-        cwd=tmp_path, env=node.environment(emberbox, tmp_path), capture_output=True, text=True, timeout=seconds(60),
+        cwd=tmp_path, env=node.environment(emberbox, tmp_path), capture_output=True, text=True, timeout=seconds(400),
         check=False,
     )  # fmt: skip
 

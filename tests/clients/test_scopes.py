@@ -44,7 +44,7 @@ def test_a_key_that_may_read_lists_and_does_not_create_or_kill(api, make_sandbox
 
 def test_a_key_without_exec_creates_and_kills_but_runs_nothing(api):
     with limited(api, "sandboxes:read", "sandboxes:write") as key:
-        sandbox = Sandbox.create(timeout=whole_seconds(120), api_key=key)
+        sandbox = Sandbox.create(timeout=whole_seconds(600), api_key=key)
         try:
             with pytest.raises((e2b.AuthenticationException, e2b.SandboxException)):
                 sandbox.commands.run("true")
@@ -56,14 +56,14 @@ def test_a_key_without_exec_creates_and_kills_but_runs_nothing(api):
 
 def test_a_keys_limit_is_a_rate_limit_to_clients_and_a_kill_makes_room(api):
     with limited(api, "sandboxes:read", "sandboxes:write", "sandboxes:exec", limit=1) as key:
-        first = Sandbox.create(timeout=whole_seconds(120), api_key=key)
+        first = Sandbox.create(timeout=whole_seconds(600), api_key=key)
         try:
             with pytest.raises(e2b.RateLimitException, match="1 sandbox"):
                 Sandbox.create(api_key=key)
             assert first.commands.run("echo mine").stdout == "mine\n"
         finally:
             first.kill(api_key=key)
-        Sandbox.create(timeout=whole_seconds(60), api_key=key).kill(api_key=key)
+        Sandbox.create(timeout=whole_seconds(600), api_key=key).kill(api_key=key)
 
 
 @pytest.mark.parametrize("transport", [over_http, over_stdio])

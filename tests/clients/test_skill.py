@@ -40,7 +40,7 @@ def run(skill: Path, emberbox, tmp_path: Path, script: str) -> subprocess.Comple
         env=environment,
         capture_output=True,
         text=True,
-        timeout=seconds(90),
+        timeout=seconds(400),
         check=False,
     )
 
@@ -75,7 +75,7 @@ def test_the_skill_passes_on_exit_codes_and_both_outputs(skill, emberbox, tmp_pa
 
 
 def fetch(url: str, **headers: str) -> tuple[str, bytes]:
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=seconds(20)) as response:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=seconds(400)) as response:
         return response.headers["content-type"], response.read()
 
 

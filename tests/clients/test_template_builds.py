@@ -19,7 +19,7 @@ from tests.clients.support.raw import Api
 from tests.clients.support.teams import new_team
 from tests.clients.support.timing import eventually, seconds, whole_seconds
 
-pytestmark = [pytest.mark.timeout(seconds(400)), pytest.mark.xdist_group("builds")]
+pytestmark = [pytest.mark.timeout(seconds(1800)), pytest.mark.xdist_group("builds")]
 
 UUID = "cat /proc/sys/kernel/random/uuid"
 
@@ -40,7 +40,7 @@ def start(builder):
     made = []
 
     def create(template, **options):
-        made.append(Sandbox.create(template, timeout=whole_seconds(120), **options))
+        made.append(Sandbox.create(template, timeout=whole_seconds(600), **options))
         return made[-1]
 
     yield create
@@ -237,7 +237,8 @@ def test_the_start_command_runs_in_every_sandbox_that_starts(builder, name, star
     sandbox = start(name)
 
     assert run(sandbox, "ls /tmp/started; pgrep -f 'sleep 9876[5]' | wc -l").split()[0] == "/tmp/started"
-    assert run(sandbox, "pgrep -x sleep | wc -l") == "1\n"
+    # The file is there from the build; what made it there sleeps a moment here, too.
+    eventually(lambda: run(sandbox, "ps -C sleep -o args= || true") == "sleep 98765\n", what="one command runs")
 
 
 def test_a_ready_command_that_never_succeeds_fails_the_build(local_builder, name):
@@ -262,7 +263,7 @@ def test_a_private_template_is_its_teams_and_a_public_one_everybodys(local_build
     hidden = Template.exists(f"{namespace}/{name}", api_key=other.key)
     with Api(local_builder) as api:
         api.patch(f"/v2/templates/{name}", json={"public": True}).raise_for_status()
-    sandbox = Sandbox.create(f"{namespace}/{name}", api_key=other.key, timeout=whole_seconds(60))
+    sandbox = Sandbox.create(f"{namespace}/{name}", api_key=other.key, timeout=whole_seconds(600))
     content = run(sandbox, "cat ~/file")
     sandbox.kill()
     with pytest.raises(SandboxException, match="not found"):
@@ -298,7 +299,7 @@ def test_a_deleted_template_is_gone_and_its_sandboxes_go_on(builder, name, start
 
 def test_a_deleted_build_ends(builder, name):
     info = Template.build_in_background(Template().from_template("base").run_cmd("sleep 300"), name)
-    eventually(lambda: Template.get_build_status(info).status.value == "building", within=60, every=0.1)
+    eventually(lambda: Template.get_build_status(info).status.value == "building", within=180, every=0.1)
 
     with Api(builder) as api:
         deleted = api.delete(f"/templates/{name}")
@@ -333,8 +334,8 @@ def test_an_upload_that_is_wrong_or_cut_off_is_refused_and_leaves_nothing(builde
     with Api(builder) as api:
         made = api.post("/v3/templates", json={"name": name}).json()
         url = api.get(f"/templates/{name}/files/{files_hash}").json()["url"]
-        other = httpx.put(url.replace("abab", "cdcd", 1), content=b"x", trust_env=False)
-        junk = httpx.put(url, content=b"no archive", trust_env=False)
+        other = httpx.put(url.replace("abab", "cdcd", 1), content=b"x", trust_env=False, timeout=60)
+        junk = httpx.put(url, content=b"no archive", trust_env=False, timeout=60)
         parts = urlsplit(url)
         with socket.create_connection((parts.hostname, parts.port)) as connection:
             head = f"PUT {parts.path}?{parts.query} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Length: 5000\r\n\r\n"
@@ -364,4 +365,5 @@ def test_nothing_of_a_failed_build_is_left_on_the_host(local_builder, name):
     with pytest.raises(BuildException):
         Template.build(Template().from_template("base").run_cmd(f"{UUID} > ~/big; false"), name)
 
-    assert lists() == before
+    # What an earlier test left may go meanwhile.
+    assert set(lists()) <= set(before)

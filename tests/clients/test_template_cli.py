@@ -15,7 +15,7 @@ from tests.clients.support import node
 from tests.clients.support.raw import Api
 from tests.clients.support.timing import seconds, whole_seconds
 
-pytestmark = [pytest.mark.timeout(seconds(400)), pytest.mark.xdist_group("builds")]
+pytestmark = [pytest.mark.timeout(seconds(1800)), pytest.mark.xdist_group("builds")]
 
 
 @pytest.fixture
@@ -52,11 +52,11 @@ def plain(text):
 def test_create_builds_a_dockerfile_with_sizes_and_commands(cli, name, folder):
     done = cli(
         "template", "create", name, "--path", str(folder), "--cpu-count", "1", "--memory-mb", "512",
-        "--cmd", "touch /tmp/up; sleep 1111", "--ready-cmd", "test -e /tmp/up", timeout=300,
+        "--cmd", "touch /tmp/up; sleep 1111", "--ready-cmd", "test -e /tmp/up", timeout=1200,
     )  # fmt: skip
 
     assert done.returncode == 0, done.stdout + done.stderr
-    sandbox = Sandbox.create(name, timeout=whole_seconds(60))
+    sandbox = Sandbox.create(name, timeout=whole_seconds(600))
     output = sandbox.commands.run("cat /hello.txt /count; ls /tmp/up").stdout
     info = sandbox.get_info()
     sandbox.kill()
@@ -67,7 +67,7 @@ def test_create_builds_a_dockerfile_with_sizes_and_commands(cli, name, folder):
 def test_a_dockerfile_that_fails_says_why(cli, name, folder):
     (folder / "e2b.Dockerfile").write_text("FROM e2bdev/base\nRUN echo going wrong && exit 4\n")
 
-    done = cli("template", "create", name, "--path", str(folder), timeout=300)
+    done = cli("template", "create", name, "--path", str(folder), timeout=1200)
 
     assert done.returncode == 1
     assert "going wrong" in plain(done.stdout + done.stderr)
@@ -114,7 +114,7 @@ def test_list_publish_and_delete(cli, name):
 # ---- emberbox template
 
 
-def ours(builder, *arguments, timeout=60):
+def ours(builder, *arguments, timeout=240):
     return builder.command("template", *arguments, "--data", builder.data_dir, timeout=seconds(timeout))
 
 
@@ -152,7 +152,7 @@ def test_emberbox_builds_nothing_that_it_does_not_know(local_builder):
 
 
 def test_emberbox_tells_how_a_build_from_an_image_failed(local_builder, name):
-    done = ours(local_builder, "build", name, "--image", "127.0.0.1:1/nothing:here", "--json", timeout=200)
+    done = ours(local_builder, "build", name, "--image", "127.0.0.1:1/nothing:here", "--json", timeout=600)
 
     last = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 1
@@ -162,12 +162,12 @@ def test_emberbox_tells_how_a_build_from_an_image_failed(local_builder, name):
 
 def test_a_shipped_template_is_built_with_its_log_and_then_started(local_builder):
     before = ours(local_builder, "list")
-    built = ours(local_builder, "build", "hello", timeout=300)
-    again = ours(local_builder, "build", "hello", "--json", "--network-mbit-per-second", "800", timeout=300)
+    built = ours(local_builder, "build", "hello", timeout=1200)
+    again = ours(local_builder, "build", "hello", "--json", "--network-mbit-per-second", "800", timeout=1200)
     shown = ours(local_builder, "show", "hello")
 
     entries = [json.loads(line) for line in again.stdout.splitlines()]
-    sandbox = Sandbox.create("hello", timeout=whole_seconds(60))
+    sandbox = Sandbox.create("hello", timeout=whole_seconds(600))
     answer = sandbox.commands.run("curl -s localhost:8000").stdout
     sandbox.kill()
     assert "hello\tbuilt on first use" in before.stdout
@@ -187,8 +187,8 @@ def test_on_a_terminal_a_build_is_shown_while_it_runs(local_builder):
         env=environment,
     )  # fmt: skip
     try:
-        terminal.wait_for("preparing", within=120)
-        terminal.wait_for("template hello is ready", within=120)
+        terminal.wait_for("preparing", within=600)
+        terminal.wait_for("template hello is ready", within=600)
         code = terminal.wait()
     finally:
         terminal.close()

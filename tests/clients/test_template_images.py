@@ -14,7 +14,7 @@ from tests.clients.support.raw import Api
 from tests.clients.support.timing import seconds, whole_seconds
 from tests.support.registry import File, folder, layer, tiny_files
 
-pytestmark = [pytest.mark.timeout(seconds(400)), pytest.mark.xdist_group("builds")]
+pytestmark = [pytest.mark.timeout(seconds(1800)), pytest.mark.xdist_group("builds")]
 
 CONFIG = {"Env": ["PATH=/usr/bin:/bin", "FROM_IMAGE=yes"], "WorkingDir": "/srv", "User": "root"}
 
@@ -37,7 +37,7 @@ def name(local_builder):
 
 
 def run(name, command):
-    sandbox = Sandbox.create(name, timeout=whole_seconds(60))
+    sandbox = Sandbox.create(name, timeout=whole_seconds(600))
     try:
         return sandbox.commands.run(command).stdout
     finally:

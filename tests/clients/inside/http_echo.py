@@ -39,7 +39,7 @@ class Echo(http.server.BaseHTTPRequestHandler):
             part = b"part %d\n" % n
             self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
             self.wfile.flush()
-            time.sleep(0.5)
+            time.sleep(1)
         self.wfile.write(b"0\r\n\r\n")
 
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = answer

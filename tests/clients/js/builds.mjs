@@ -85,7 +85,7 @@ test('a background build is polled', async () => {
   const status = await eventually(async () => {
     const found = await Template.getBuildStatus(built)
     return found.status === 'ready' && found
-  }, { within: 120, every: 200, what: 'the build is ready' })
+  }, { within: 400, every: 200, what: 'the build is ready' })
 
   assert.ok(status.logEntries.some((entry) => entry.message.includes('hello')))
 })

@@ -6,7 +6,7 @@ import { eventually, makeSandbox, seconds } from './world.mjs'
 
 let sandbox
 before(async () => {
-  sandbox = await makeSandbox({ timeoutMs: seconds(300) })
+  sandbox = await makeSandbox({ timeoutMs: seconds(1800) })
 })
 
 const allBytes = new Uint8Array(Array.from({ length: 2560 }, (_, n) => n % 256))

@@ -10,7 +10,7 @@ export const seconds = (n) => n * 1000 * scale
 export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms))
 
 /** Asks again until `check` is true or `within` seconds have passed. */
-export async function eventually(check, { within = 10, every = 50, what = 'it' } = {}) {
+export async function eventually(check, { within = 60, every = 50, what = 'it' } = {}) {
   const deadline = Date.now() + seconds(within)
   for (;;) {
     const value = await check()
@@ -24,7 +24,7 @@ const made = []
 
 /** A sandbox that is killed when the file's tests are done. */
 export async function makeSandbox(options = {}, template = 'base') {
-  const sandbox = await Sandbox.create(template, { timeoutMs: seconds(120), ...options })
+  const sandbox = await Sandbox.create(template, { timeoutMs: seconds(600), ...options })
   made.push(sandbox)
   return sandbox
 }

@@ -35,7 +35,7 @@ def install(folder: Path = JS) -> None:
             raise RuntimeError("npm is not installed; `make install` installs it")
         done = subprocess.run(
             [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"],
-            cwd=folder, capture_output=True, text=True, timeout=seconds(300), check=False,
+            cwd=folder, capture_output=True, text=True, timeout=seconds(1200), check=False,
         )  # fmt: skip
         if done.returncode != 0:
             raise RuntimeError(f"npm ci failed in {folder}:\n{done.stdout}\n{done.stderr}")
@@ -56,7 +56,7 @@ def environment(emberbox: Emberbox, home: Path) -> dict[str, str]:
     }
 
 
-def run_tests(emberbox: Emberbox, home: Path, name: str, *, each: float = 120, within: float = 280) -> None:
+def run_tests(emberbox: Emberbox, home: Path, name: str, *, each: float = 400, within: float = 1200) -> None:
     """Run a file of js/ with node's test runner; `each` test, and all of them, may take so many (unscaled) seconds."""
     install()
     done = subprocess.run(
@@ -72,7 +72,7 @@ def run_cli(
     *arguments: str,
     env: Mapping[str, str],
     stdin: bytes | None = None,
-    timeout: float = 60,
+    timeout: float = 240,
 ) -> subprocess.CompletedProcess[str]:
     """Run `e2b` without a terminal. Standard input is /dev/null unless bytes are given."""
     done = subprocess.run(
@@ -95,7 +95,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
-    def wait_for(self, text: str, within: float = 30) -> None:
+    def wait_for(self, text: str, within: float = 120) -> None:
         deadline = time.monotonic() + seconds(within)
         while text.encode() not in self.output:
             if time.monotonic() > deadline or not self._read(0.2):
@@ -103,7 +103,7 @@ class Terminal:
                     f"{text!r} was not shown; the terminal shows:\n{self.output.decode(errors='replace')}"
                 )
 
-    def wait(self, within: float = 30) -> int:
+    def wait(self, within: float = 120) -> int:
         """The exit code, after the rest of the output."""
         deadline = time.monotonic() + seconds(within)
         while self._read(0.2):

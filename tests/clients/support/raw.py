@@ -20,7 +20,7 @@ class Api(httpx.Client):
         super().__init__(
             base_url=emberbox.api_url,
             headers={"X-API-KEY": emberbox.api_key, **headers},
-            timeout=seconds(60),
+            timeout=seconds(180),
             trust_env=False,
         )
 
@@ -49,7 +49,7 @@ class Agent(httpx.Client):
             headers["X-Access-Token"] = sandbox._envd_access_token
         if traffic_token and sandbox.traffic_access_token:
             headers["e2b-traffic-access-token"] = sandbox.traffic_access_token
-        super().__init__(base_url=emberbox.sandbox_url, headers=headers, timeout=seconds(60), trust_env=False)
+        super().__init__(base_url=emberbox.sandbox_url, headers=headers, timeout=seconds(180), trust_env=False)
 
     def rpc(self, method: str, body: Any = None, *, user: str | None = None, **options: Any) -> httpx.Response:
         """A unary Connect call in JSON, e.g. `filesystem.Filesystem/Stat`."""
@@ -60,7 +60,7 @@ class Agent(httpx.Client):
 def host_request(emberbox: Emberbox, host: str, path: str = "/", **options: Any) -> httpx.Response:
     """A request to the edge whose Host header names the sandbox, as a browser would send it."""
     headers = {**options.pop("headers", {}), "Host": host}
-    with httpx.Client(base_url=emberbox.sandbox_url, timeout=seconds(60), trust_env=False) as client:
+    with httpx.Client(base_url=emberbox.sandbox_url, timeout=seconds(180), trust_env=False) as client:
         return client.request(options.pop("method", "GET"), path, headers=headers, **options)
 
 
@@ -69,8 +69,8 @@ def websocket(
 ) -> contextlib.AbstractContextManager[websockets.sync.client.ClientConnection]:
     """A WebSocket to a sandbox's host name, whatever that name resolves to here."""
     edge = httpx.URL(emberbox.sandbox_url)
-    connection = socket.create_connection((edge.host, edge.port or 80), timeout=seconds(20))
+    connection = socket.create_connection((edge.host, edge.port or 80), timeout=seconds(60))
     connection.settimeout(None)
     return websockets.sync.client.connect(
-        uri, sock=connection, max_size=2**22, open_timeout=seconds(20), close_timeout=seconds(5)
+        uri, sock=connection, max_size=2**22, open_timeout=seconds(60), close_timeout=seconds(5)
     )

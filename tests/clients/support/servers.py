@@ -17,7 +17,7 @@ def serve(sandbox: Any, port: int, *, script: str = HTTP, address: str = "0.0.0.
     path = f"/tmp/{port}-{script}"
     sandbox.files.write(path, (INSIDE / script).read_text())
     handle = sandbox.commands.run(f"exec python3 {path} {address} {port}", background=True, timeout=0)
-    eventually(lambda: _listens(sandbox, port), within=20, what=f"a server on port {port}")
+    eventually(lambda: _listens(sandbox, port), within=120, what=f"a server on port {port}")
     return handle
 
 

@@ -12,11 +12,11 @@ def ensure_built(emberbox: Emberbox, name: str) -> None:
     with Api(emberbox) as api:
 
         def created() -> bool:
-            answer = api.post("/v2/sandboxes", json={"templateID": name, "timeout": 60})
+            answer = api.post("/v2/sandboxes", json={"templateID": name, "timeout": 300})
             if answer.status_code == 201:
                 api.delete(f"/sandboxes/{answer.json()['sandboxID']}")
                 return True
             assert "being built" in answer.text, f"template {name!r} cannot be had: {answer.status_code} {answer.text}"
             return False
 
-        eventually(created, within=800, every=2, what=f"template {name!r} is built")
+        eventually(created, within=2400, every=2, what=f"template {name!r} is built")

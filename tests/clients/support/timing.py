@@ -23,7 +23,7 @@ def whole_seconds(n: int) -> int:
     return max(1, round(n * SCALE))
 
 
-def eventually(check: Callable[[], T], *, within: float = 10, every: float = 0.05, what: str = "") -> T:
+def eventually(check: Callable[[], T], *, within: float = 60, every: float = 0.05, what: str = "") -> T:
     """The first true value of `check`, asked again until `within` (unscaled seconds) has passed."""
     deadline = time.monotonic() + seconds(within)
     while True:
@@ -38,7 +38,7 @@ def eventually(check: Callable[[], T], *, within: float = 10, every: float = 0.0
 
 
 async def eventually_async(
-    check: Callable[[], Awaitable[T]], *, within: float = 10, every: float = 0.05, what: str = ""
+    check: Callable[[], Awaitable[T]], *, within: float = 60, every: float = 0.05, what: str = ""
 ) -> T:
     deadline = time.monotonic() + seconds(within)
     while True:
