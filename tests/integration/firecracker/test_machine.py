@@ -196,12 +196,12 @@ async def test_a_spare_that_nobody_took_is_ended_or_swept(
     for spec in (ended, swept):
         await runtime.make_spare(spec.machine_id, spec.directory, spec.slot)
 
-    await runtime.end_spare("ended")
-    left = [one for one in left_over(ended, instance) if not one.endswith("/swept")]
+    await runtime.end_spare(ended.machine_id)
+    left = [one for one in left_over(ended, instance) if not one.endswith(f"/{swept.machine_id}")]
     found = await runtime.sweep(frozenset())
 
     assert left == []
-    assert "microVM swept" in found
+    assert f"microVM {swept.machine_id}" in found
     assert (left_over(swept, instance), firecrackers(instance)) == ([], [])
 
 
