@@ -292,7 +292,7 @@ def test_an_upload_that_ends_early_leaves_nothing_in_roots_folders(machine: Agen
     assert not sandbox.files.exists("/srv/cut")
 
 
-def _names(watcher: object, kind: FilesystemEventType, name: str, seconds: float = 30) -> bool:
+def _names(watcher: object, kind: FilesystemEventType, name: str, seconds: float = 90) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         events = watcher.get_new_events()  # type: ignore[attr-defined]
@@ -330,7 +330,7 @@ def test_a_recursive_watcher_follows_new_folders(sandbox: Sandbox, folder: str) 
     assert _names(watcher, FilesystemEventType.CREATE, "w")
     sandbox.commands.run(f"echo more >> {folder}/w/y/z/f")
 
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     events: list = []
     while not any(e.name == "w/y/z/f" and e.type == FilesystemEventType.WRITE for e in events):
         assert time.monotonic() < deadline, events

@@ -34,7 +34,7 @@ class SparingRuntime(FakeRuntime):
         self.spares.discard(machine_id)
 
 
-async def until(check: Any, seconds: float = 20.0) -> None:
+async def until(check: Any, seconds: float = 60.0) -> None:
     async with asyncio.timeout(seconds):
         while not check():
             await asyncio.sleep(0.005)
