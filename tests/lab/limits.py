@@ -17,6 +17,8 @@ from tests.lab.host import Lab
 
 ALIVE = "date > /var/lib/emberbox/.alive && sync /var/lib/emberbox/.alive && ! dmesg | grep -q 'blocked for more than'"
 ALIVE_SECONDS = 120.0
+HANGS_AFTER_SECONDS = 420
+"""For one test, where all have a limit: they are short ones."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,6 +36,12 @@ class Limits:
         self._seconds = seconds
         self._until = None if seconds is None else time.monotonic() + seconds
         self._dead = ""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if self._seconds is not None:
+            for item in items:
+                item.add_marker(pytest.mark.timeout(HANGS_AFTER_SECONDS), append=False)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
