@@ -81,6 +81,16 @@ def test_the_default_user_cannot_touch_roots_files(sandbox):
     assert "Permission denied" in failed.value.stderr
 
 
+def test_a_login_shell_knows_who_it_is_without_asking_a_program(sandbox):
+    spy = "id() { echo asked >&2; command id \"$@\"; }; export -f id; bash -l -c 'echo $PATH'"
+
+    as_root, as_user = (sandbox.commands.run(spy, user=user) for user in ("root", "user"))
+
+    assert (as_root.stderr, as_user.stderr) == ("", "")
+    assert "/usr/local/sbin" in as_root.stdout
+    assert "/usr/local/sbin" not in as_user.stdout
+
+
 def test_login_shell_reads_the_profile(sandbox):
     sandbox.files.write("/etc/profile.d/emberbox-test.sh", "export FROM_PROFILE=yes\n", user="root")
 
