@@ -128,6 +128,10 @@ class Settings(BaseSettings):
     """Most CPUs that a template may ask for."""
     max_memory_mb: int = Field(65536, ge=128)
     max_disk_size_mb: int = Field(102400, ge=512)
+    max_disk_mb_per_second: int = Field(0, ge=0, le=100_000)
+    """The most that any sandbox or build may read, and write, whatever its template says. 0: no ceiling."""
+    max_disk_operations_per_second: int = Field(0, ge=0, le=10_000_000)
+    max_network_mbit_per_second: int = Field(0, ge=0, le=30_000)
     max_upload_mb: int = Field(2048, ge=1)
     """Largest archive of files for a build."""
     uploads_mb_per_team: int = Field(10240, ge=1)

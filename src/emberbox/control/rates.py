@@ -14,8 +14,15 @@ _NAMES = tuple(field.name for field in pb.Rates.DESCRIPTOR.fields)
 
 
 def given_rates(asked: Mapping[str, int], settings: Settings) -> dict[str, int]:
-    """What a new sandbox gets of a template that asks for this."""
-    return {name: asked.get(name, getattr(settings, f"default_{name}")) for name in _NAMES}
+    """What a new sandbox gets of a template that asks for this: no more than the installation's ceilings."""
+    wanted = {name: asked.get(name, getattr(settings, f"default_{name}")) for name in _NAMES}
+    ceilings = {name: getattr(settings, f"max_{name}") for name in _NAMES}
+    return {name: _lower(rate, ceilings[name]) for name, rate in wanted.items()}
+
+
+def _lower(one: int, other: int) -> int:
+    """The lower of two rates, of which 0 is the highest."""
+    return min(rate for rate in (one, other) if rate) if one or other else 0
 
 
 def kept_rates(given: Mapping[str, int]) -> dict[str, int]:

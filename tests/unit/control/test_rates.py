@@ -32,6 +32,22 @@ def test_a_template_that_says_nothing_gets_what_the_installation_gives() -> None
     }
 
 
+def test_nothing_gets_more_than_the_ceilings() -> None:
+    settings = Settings(default_disk_mb_per_second=50, max_disk_mb_per_second=20, max_network_mbit_per_second=100)
+
+    assert given_rates({}, settings) == {**NONE, "disk_mb_per_second": 20, "network_mbit_per_second": 100}
+    assert given_rates({"disk_mb_per_second": 0, "network_mbit_per_second": 500}, settings) == {
+        **NONE,
+        "disk_mb_per_second": 20,
+        "network_mbit_per_second": 100,
+    }
+    assert given_rates({"disk_mb_per_second": 5, "disk_operations_per_second": 7}, settings) == {
+        "disk_mb_per_second": 5,
+        "disk_operations_per_second": 7,
+        "network_mbit_per_second": 100,
+    }
+
+
 def test_a_snapshot_keeps_what_its_sandbox_had_whatever_the_installation_gives_by_then() -> None:
     later = Settings(default_disk_mb_per_second=1, default_network_mbit_per_second=1)
     had = given_rates({"disk_mb_per_second": 5}, Settings())

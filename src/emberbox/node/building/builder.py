@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -27,6 +27,7 @@ from emberbox.node.building.sources import Base, Sources
 from emberbox.node.building.steps import do
 from emberbox.node.hosting import Hosting
 from emberbox.node.model import Image
+from emberbox.runtime.base import Rates
 from emberbox.settings import Settings
 
 log = structlog.get_logger("emberbox.node")
@@ -74,6 +75,12 @@ class Builder:
         self._sources = sources
         self._cache = cache
         self._work_dir = work_dir
+        self._rates = Rates(
+            settings.max_disk_mb_per_second,
+            settings.max_disk_operations_per_second,
+            settings.max_network_mbit_per_second,
+        )
+        """Of the machines in which steps run: the installation's ceilings alone."""
 
     async def build(self, new: NewBuild, journal: Journal, keep: Callable[[str], None]) -> Made:
         """
@@ -107,7 +114,8 @@ class Builder:
         )
         # Where memory can be saved the commands are tried when that is done.
         if (image.start_command or image.ready_command) and not self._hosting.runtime.capabilities.memory_snapshots:
-            await try_commands(self._hosting, image, new.limits, journal, self._settings.ready_seconds)
+            limits = replace(new.limits, rates=self._rates)
+            await try_commands(self._hosting, image, limits, journal, self._settings.ready_seconds)
         return Made(image, made.size_bytes if made.whole else base.size_bytes + made.size_bytes)
 
     # ---- the chain
@@ -179,7 +187,8 @@ class Builder:
         upper = self._cache.upper(before) if before else None
         image = Image(new.build_id, base.layers, dict(base.state.env), default_user="root", default_workdir="/")
         journal.step = links[done].name
-        async with build_machine(self._hosting, image, new.limits, upper) as machine:
+        limits = replace(new.limits, rates=self._rates)
+        async with build_machine(self._hosting, image, limits, upper) as machine:
             for number, link in enumerate(links[done:], start=done):
                 journal.step = link.name
                 journal.log(link.label)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from emberbox.node import identity
@@ -17,7 +17,7 @@ from emberbox.node.errors import AgentFailure
 from emberbox.node.hosting import Hosted, Hosting, Origin
 from emberbox.node.model import Image
 from emberbox.node.tasks import finish
-from emberbox.runtime.base import Limits, Rates, Saved
+from emberbox.runtime.base import Limits, Saved
 from emberbox.runtime.errors import RuntimeFailure
 
 _UPLOAD_SECONDS = 1800.0
@@ -163,16 +163,13 @@ async def build_machine(
 ) -> AsyncIterator[BuildMachine]:
     """Start a machine on the image's layers and a copy of `upper` (None: a blank disk); it ends with the block.
 
-    It has no rates: those are for the template's sandboxes.
-
     Raises:
         NodeFull, DiskFull, LayerMissing, AgentFailure, RuntimeFailure: see there.
     """
     saved = None
     if upper is not None:
         saved = Saved(runtime=hosting.runtime.name, directory=upper.parent, upper=upper, memory=False)
-    without_rates = replace(limits, rates=Rates())
-    hosted = await hosting.start(Origin(image.layers, saved), without_rates, hostname="sandbox")
+    hosted = await hosting.start(Origin(image.layers, saved), limits, hostname="sandbox")
     try:
         await hosted.agent.init(identity.unclaimed(image, limits))
         yield BuildMachine(hosting, hosted)
