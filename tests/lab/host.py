@@ -21,8 +21,6 @@ from pathlib import Path
 
 from tests.lab.recipe import LabImage, say
 
-_KERNEL_WORDS = "console=ttyS0 reboot=t panic=-1 mitigations=off quiet"
-
 
 class LabError(Exception):
     """The lab cannot do what was asked; the message says why."""
@@ -147,7 +145,7 @@ class Lab:
         return [
             "qemu-system-x86_64",
             *("-M", "q35,i8042=off,smbus=off,sata=off,usb=off,vmport=off", "-accel", "tcg,thread=multi"),
-            *("-cpu", "max", "-smp", str(cpus), "-m", str(memory_mb)),
+            *("-cpu", "max,la57=off", "-smp", str(cpus), "-m", str(memory_mb)),
             *("-display", "none", "-no-reboot", "-nodefaults", "-no-user-config"),
             *("-serial", f"file:{self.state / 'console.log'}"),
             # What a lab that hangs is asked with: `info registers -a`.
@@ -155,7 +153,7 @@ class Lab:
             *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
             *(
                 "-append",
-                f"console=ttyS0 reboot=t panic=-1 mitigations=off quiet lab.key={key}",
+                f"console=ttyS0 reboot=t panic=-1 mitigations=off nokaslr quiet lab.key={key}",
             ),
             # snapshot=on: writes go to an unlinked temporary file in TMPDIR, never to the cached image.
             *("-drive", f"file={image.disk},if=none,id=disk,format=raw,cache=unsafe,snapshot=on"),

@@ -160,9 +160,10 @@ func (a *API) setIdentity(req *initRequest) error {
 	given := map[string]*string{
 		"E2B_SANDBOX_ID": req.SandboxID, "E2B_TEMPLATE_ID": req.TemplateID, "E2B_TEAM_ID": req.TeamID,
 	}
+	known := a.State.OwnEnvs()
 	any := false
 	for key, value := range given {
-		if value == nil {
+		if value == nil || known[key] == *value { // the same sandbox goes on, with its files in /run
 			continue
 		}
 		any = true

@@ -123,6 +123,13 @@ func (s *State) SetOwnEnv(key, value string) {
 	s.own[key] = value
 }
 
+// Claimed says whether the machine is a sandbox already; before, only its node runs something in it.
+func (s *State) Claimed() bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.own["E2B_SANDBOX_ID"] != ""
+}
+
 // OwnEnvs returns what emberd itself gives every process (E2B_SANDBOX, ...).
 func (s *State) OwnEnvs() map[string]string {
 	s.mu.RLock()

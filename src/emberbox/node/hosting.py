@@ -31,6 +31,9 @@ log = structlog.get_logger("emberbox.node")
 _START_SECONDS = 30.0
 _DESTROY_SECONDS = 30.0
 _READY_FIRST_POLL, _READY_LAST_POLL = 0.02, 0.5
+_REHEARSAL_SECONDS = 10.0
+# What a login shell reads, without running it: a profile may do what must happen once for each sandbox.
+_REHEARSAL = "cat /etc/profile /etc/profile.d/*.sh ~/.profile ~/.bashrc ~/.bash_profile >/dev/null 2>&1"
 
 
 class SlotSource(Protocol):
@@ -277,6 +280,17 @@ class Hosting:
             raise AgentFailure(
                 f"the template's ready command did not succeed within {limit:g} s: {image.ready_command!r}"
             ) from None
+
+    async def rehearse(self, hosted: Hosted, image: Image) -> None:
+        """Start a shell as a first command does, so that memory holds what that needs. Failing costs time alone."""
+        limit = _REHEARSAL_SECONDS * self.time_scale
+        words = ("/bin/bash", "-c", _REHEARSAL)
+        try:
+            async with asyncio.timeout(limit):
+                async for _ in hosted.agent.stream(words, user=image.default_user or "user", timeout=limit):
+                    pass
+        except (AgentFailure, TimeoutError) as error:
+            log.warning("machine.not_rehearsed", machine_id=hosted.spec.machine_id, error=str(error))
 
     async def end(self, hosted: Hosted, *, keep_upper: bool = False) -> bool:
         """Take a machine down: processes, slot, directory and, unless `keep_upper`, its disk.

@@ -57,6 +57,10 @@ class Preparing:
         hosted = await self.machine(image, limits)
         if self.waits_paused:
             try:
+                # A restored machine's memory comes page by page as it is touched: what a claim and a first command
+                # touch is touched here.
+                await hosted.agent.init(identity.unclaimed(image, limits))
+                await self._hosting.rehearse(hosted, image)
                 await hosted.machine.pause()
             except BaseException:
                 await self._hosting.end(hosted)
@@ -150,6 +154,7 @@ class Preparing:
         try:
             await hosted.agent.init(identity.unclaimed(image, limits))
             await self._hosting.run_template_commands(hosted, image)
+            await self._hosting.rehearse(hosted, image)
             await to_thread_whole(_fresh_directory, directory)
             await hosted.machine.pause()
             saved = await hosted.machine.save(directory, memory=True, final=True)

@@ -37,6 +37,7 @@ class FakeAgent:
         """Routes in order, and what the machine's disk was set to in between."""
         self.refuse_init = False
         self.refuse_freeze = False
+        self.refuse_commands = False
         self.stall_init = asyncio.Event()
         self.stall_init.set()
         self.init_reached = asyncio.Event()
@@ -82,6 +83,8 @@ class FakeAgent:
             cursor = int(query.partition("cursor=")[2].partition("&")[0])
             return 200, json.dumps({"entries": [e for e in self.entries if e["seq"] > cursor]}).encode()
         if route == "/process.Process/Start":
+            if self.refuse_commands:
+                return 503, b"no processes here"
             command = json.loads(body[5:])["process"]["args"][-1]
             self.commands.append(command)
             code = 0
@@ -172,6 +175,7 @@ class FakeRuntime:
         self.starts = 0
         self.stall_init = False
         self.refuse_init = False
+        self.refuse_commands = False
         self.forgot_layers = False
 
     def hold(self, point: str) -> asyncio.Event:
@@ -193,6 +197,7 @@ class FakeRuntime:
         if self.stall_init:
             machine.agent.stall_init.clear()
         machine.agent.refuse_init = self.refuse_init
+        machine.agent.refuse_commands = self.refuse_commands
         await machine.agent.start()
         self.machines[spec.machine_id] = machine
         self.starts += 1

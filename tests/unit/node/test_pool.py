@@ -9,6 +9,7 @@ from typing import Any
 from emberbox.node.model import Image
 from emberbox.node.pool import PoolKey
 from emberbox.runtime.base import Limits, Rates
+from tests.unit.node.conftest import FakeRuntime
 
 IMAGE = Image(build_id="build1", layers=("aa",), env_vars={"FROM": "template"})
 LIMITS = Limits(cpu_count=1, memory_mb=128, disk_size_mb=512)
@@ -183,3 +184,25 @@ def test_saved_memory_of_each_rate_has_its_folder_and_the_old_one_its_name() -> 
     ]
 
     assert keys == ["build1-1-128-512", "build1-1-128-512-5-0-0", "build1-1-128-512-5-100-8", "build1-1-128-512-0-0-5"]
+
+
+async def test_paused_machines_have_rehearsed_a_claim_and_a_command(make_world: Any) -> None:
+    world = await make_world(memory=True, warm_max=4)
+    await world.create("s1")
+    await until(lambda: world.node.pool.size == 1)
+    (waiting,) = world.node.pool.machine_ids
+
+    agent = world.runtime.machines[waiting].agent
+
+    assert [body["accessToken"] for body in agent.inits] == [""]
+    assert len(agent.commands) == 1
+
+
+async def test_a_rehearsal_that_fails_costs_no_machine(make_world: Any) -> None:
+    runtime = FakeRuntime(memory=True)
+    runtime.refuse_commands = True
+    world = await make_world(runtime=runtime, warm_max=4)
+
+    await world.create("s1")
+
+    await until(lambda: world.node.pool.size == 1)

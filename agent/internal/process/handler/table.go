@@ -107,7 +107,7 @@ func (t *Table) Start(spec Spec) (*Process, *Subscription, error) {
 	t.running[p.PID] = p
 	delete(t.recent, p.PID)
 	t.mu.Unlock()
-	t.log.Info("process", "started", "pid", p.pid(), "user", u.Name, "cmd", command(spec.Config), "cwd", cwd)
+	t.note("started", "pid", p.pid(), "user", u.Name, "cmd", command(spec.Config), "cwd", cwd)
 	var kill *time.Timer
 	if spec.Timeout > 0 {
 		kill = time.AfterFunc(spec.Timeout, func() {
@@ -117,6 +117,15 @@ func (t *Table) Start(spec Spec) (*Process, *Subscription, error) {
 	}
 	go p.wait(exit, fs.out, kill)
 	return p, sub, nil
+}
+
+// note logs a process; what the node runs to make a machine ready is of no interest to its sandbox.
+func (t *Table) note(message string, kv ...string) {
+	if t.state.Claimed() {
+		t.log.Info("process", message, kv...)
+	} else {
+		t.log.Debug("process", message, kv...)
+	}
 }
 
 func openTerminal(size *pb.PTY_Size) (*files, error) {
@@ -177,7 +186,7 @@ func (t *Table) ended(p *Process) {
 			delete(t.recent, p.PID)
 		}
 	})
-	t.log.Info("process", "ended", "pid", p.pid(), "status", p.end.GetStatus(),
+	t.note("ended", "pid", p.pid(), "status", p.end.GetStatus(),
 		"exit_code", strconv.Itoa(int(p.end.GetExitCode())))
 }
 
