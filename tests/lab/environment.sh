@@ -9,6 +9,4 @@ export EMBERBOX_DEFAULT_CPU_COUNT=1
 export EMBERBOX_DEFAULT_DISK_SIZE_MB=1024
 export EMBERBOX_WARM_MAX=2
 export EMBERBOX_INSTANCE_NAME=eblab
-# Guests have the other processor: see host-init.sh.
-[ "$(nproc --all)" = 1 ] || taskset -pc 0 $$ >/dev/null
 cd /opt/emberbox
