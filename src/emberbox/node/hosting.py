@@ -156,8 +156,19 @@ class Hosting:
         for directory in (self.machines_dir, self.uppers_dir):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    async def start(self, origin: Origin, limits: Limits, *, hostname: str, network: Network = OPEN_NETWORK) -> Hosted:
+    async def start(
+        self,
+        origin: Origin,
+        limits: Limits,
+        *,
+        hostname: str,
+        network: Network = OPEN_NETWORK,
+        background: bool = False,
+    ) -> Hosted:
         """Start a machine and return when its agent answers.
+
+        Args:
+            background: see `MachineSpec`.
 
         Raises:
             NodeFull, DiskFull, LayerMissing: see there.
@@ -167,7 +178,7 @@ class Hosting:
         undo = contextlib.AsyncExitStack()
         self._starting += 1
         try:
-            return await self._start(origin, limits, hostname, network, undo)
+            return await self._start(origin, limits, hostname, network, background, undo)
         except BaseException as error:
             log.info("machine.start_undone", error=str(error) or type(error).__name__)
             await finish(undo.aclose())
@@ -181,6 +192,7 @@ class Hosting:
         limits: Limits,
         hostname: str,
         network: Network,
+        background: bool,
         undo: contextlib.AsyncExitStack,
     ) -> Hosted:
         laps = _Laps()
@@ -215,6 +227,7 @@ class Hosting:
             hostname=hostname,
             control_hash=hashlib.sha256(secret.encode()).hexdigest(),
             dns_servers=(slot.host_address,),
+            background=background,
         )
         limit = _START_SECONDS * self.time_scale
         try:

@@ -54,7 +54,7 @@ class Preparing:
         """Bring up a machine for the pool."""
         if self._remembers:
             await asyncio.shield(self._make_soon(PoolKey.of(image, limits), image, limits))
-        hosted = await self.machine(image, limits)
+        hosted = await self.machine(image, limits, background=self.waits_paused)
         if self.waits_paused:
             try:
                 # A restored machine's memory comes page by page as it is touched: what a claim and a first command
@@ -76,25 +76,27 @@ class Preparing:
         saved_secret: str = "",
         upper: Path | None = None,
         network: Network = OPEN_NETWORK,
+        background: bool = False,
     ) -> Hosted:
         """Bring up a machine, ready for `/init`.
 
         Args:
             saved: start from this instead of the template.
             upper: use this disk, in place.
+            background: see `MachineSpec`.
         """
         if saved is None and self._remembers:
             key = PoolKey.of(image, limits)
             if (found := await asyncio.to_thread(self._find, key)) is not None:
                 try:
-                    hosted = await self._start(Origin(image.layers, found[0], found[1]), limits, network)
+                    hosted = await self._start(Origin(image.layers, found[0], found[1]), limits, network, background)
                     hosted.machine.answered()
                     return hosted
                 except SavedDamaged as error:
                     log.error("template_memory.damaged", build_id=image.build_id, error=str(error))
                     await asyncio.to_thread(shutil.rmtree, self._directory / str(key), ignore_errors=True)
             self._make_soon(key, image, limits)
-        hosted = await self._start(Origin(image.layers, saved, saved_secret, upper), limits, network)
+        hosted = await self._start(Origin(image.layers, saved, saved_secret, upper), limits, network, background)
         if (saved is None or not saved.memory) and (image.start_command or image.ready_command):
             try:
                 await hosted.agent.init(identity.unclaimed(image, limits))
@@ -104,9 +106,11 @@ class Preparing:
                 raise
         return hosted
 
-    async def _start(self, origin: Origin, limits: Limits, network: Network) -> Hosted:
+    async def _start(
+        self, origin: Origin, limits: Limits, network: Network = OPEN_NETWORK, background: bool = False
+    ) -> Hosted:
         async with self._turn:
-            return await self._hosting.start(origin, limits, hostname="sandbox", network=network)
+            return await self._hosting.start(origin, limits, hostname="sandbox", network=network, background=background)
 
     # ---- template memory
 
@@ -150,7 +154,7 @@ class Preparing:
         directory = self._directory / str(key)
         if await asyncio.to_thread((directory / _META).exists):
             return
-        hosted = await self._start(Origin(image.layers), limits, OPEN_NETWORK)
+        hosted = await self._start(Origin(image.layers), limits)
         try:
             await hosted.agent.init(identity.unclaimed(image, limits))
             await self._hosting.run_template_commands(hosted, image)

@@ -82,6 +82,8 @@ class MachineSpec:
     control_hash: str
     """Hex SHA-256 of the secret that opens the agent's control routes."""
     dns_servers: tuple[IPv4Address, ...] = ()
+    background: bool = False
+    """Nobody waits for it: until it is resumed, others that want the processor go first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,13 @@ def memory_limit(group: str) -> int:
     return int(Path("/sys/fs/cgroup/memory", group, "memory.limit_in_bytes").read_text())
 
 
+def processor_share(group: str) -> int:
+    """What a control group gets of the processor, against others."""
+    if cgroup_version() == 2:
+        return int(Path("/sys/fs/cgroup", group, "cpu.weight").read_text())
+    return int(Path("/sys/fs/cgroup/cpu", group, "cpu.shares").read_text())
+
+
 def call(*command: str) -> None:
     subprocess.run(command, check=True, timeout=30)
 
@@ -171,6 +178,26 @@ async def test_a_spare_becomes_the_machine_with_its_limits(
     assert await machine.alive()
     await machine.destroy()
     assert left_over(spec, instance) == []
+
+
+async def test_a_machine_in_the_background_gives_way_until_it_is_resumed(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, instance: str
+) -> None:
+    one, other = replace(new_spec("m1"), background=True), new_spec("m2")
+    for spec in (one, other):
+        await runtime.make_spare(spec.machine_id, spec.directory, spec.slot)
+    spares = [processor_share(f"{instance}/{spec.machine_id}") for spec in (one, other)]
+
+    waiting, used = await runtime.start(one), await runtime.start(other)
+
+    shares = [processor_share(f"{instance}/{spec.machine_id}") for spec in (one, other)]
+    await waiting.pause()
+    await waiting.resume()
+    assert spares[0] == spares[1] == shares[0]
+    assert shares[1] > 5 * shares[0]
+    assert processor_share(f"{instance}/{one.machine_id}") == shares[1]
+    for machine in (waiting, used):
+        await machine.destroy()
 
 
 async def test_a_spare_that_died_is_replaced_by_a_fresh_firecracker(
@@ -361,6 +388,26 @@ async def test_a_machine_saved_twice_is_restored_from_all_its_memory(
     assert len(set(pages_of(changes)) - since) >= 5
     assert not (resaved.directory / snapshots.WHOLE).exists()
     await last.destroy()
+
+
+async def test_changes_of_a_snapshot_that_is_restored_again_become_one_file_with_the_base(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emberbox.runtime.firecracker.runtime._MERGE_AFTER_SECONDS", 0.1)
+    resaved = await saved_twice(runtime, new_spec, tmp_path)
+    whole = resaved.directory / snapshots.WHOLE
+    first = await runtime.restore(new_spec("m3"), resaved)
+    await asyncio.sleep(1)
+    made_for_one = whole.exists()
+
+    second = await runtime.restore(new_spec("m4"), resaved)
+
+    async with asyncio.timeout(60):
+        while not whole.exists():
+            await asyncio.sleep(0.05)
+    assert not made_for_one
+    for machine in (first, second):
+        await machine.destroy()
 
 
 async def test_many_changes_become_one_file_with_the_base(

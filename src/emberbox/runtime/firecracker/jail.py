@@ -128,8 +128,13 @@ class Jail:
         finally:
             os.close(descriptor)
 
-    def spawn(self, settings: JailerSettings, netns: str, limits: Limits) -> processes.ProcessId:
+    def spawn(
+        self, settings: JailerSettings, netns: str, limits: Limits, *, background: bool = False
+    ) -> processes.ProcessId:
         """Start Firecracker in the jail; returns at once, before its socket answers.
+
+        Args:
+            background: others that want the processor go first, until `come_forward`.
 
         Raises:
             JailerError: the jailer could not be started.
@@ -143,7 +148,7 @@ class Jail:
             *("--netns", f"/var/run/netns/{netns}"),
             *("--cgroup-version", str(hierarchy), "--parent-cgroup", self.cgroup_parent),
         ]
-        for setting in cgroup_settings(hierarchy, limits):
+        for setting in (*cgroup_settings(hierarchy, limits), _share(hierarchy, background=background)):
             command += ["--cgroup", setting]
         command += ["--", "--api-sock", f"/{SOCKET}", "--level", "Warn"]
         try:
@@ -173,7 +178,14 @@ class Jail:
 
     def set_limits(self, limits: Limits) -> None:
         """Change what the processes in the jail may use."""
-        for setting in cgroup_settings(cgroup_version(), limits):
+        self._set(cgroup_settings(cgroup_version(), limits))
+
+    def come_forward(self) -> None:
+        """End being in the background."""
+        self._set([_share(cgroup_version(), background=False)])
+
+    def _set(self, settings: Iterable[str]) -> None:
+        for setting in settings:
             name, _, value = setting.partition("=")
             for file in (folder / name for folder in self.cgroups()):
                 if file.exists():  # on version 1 each controller has its own hierarchy
@@ -218,6 +230,13 @@ def cgroup_settings(version: int, limits: Limits) -> Iterable[str]:
         f"cpu.cfs_period_us={_CPU_PERIOD_US}",
         f"cpu.cfs_quota_us={quota}",
     )
+
+
+def _share(version: int, *, background: bool) -> str:
+    """The setting for a machine's part of the processor while others want it, too: a tenth in the background."""
+    if version == 2:
+        return "cpu.weight=10" if background else "cpu.weight=100"
+    return "cpu.shares=102" if background else "cpu.shares=1024"
 
 
 def unmount_below(folder: Path) -> bool:

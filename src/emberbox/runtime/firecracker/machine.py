@@ -159,6 +159,8 @@ class MicroVM:
         self._paused = True
 
     async def _resume(self) -> None:
+        if self.spec.background:
+            await asyncio.to_thread(self._jail.come_forward)
         await self._ask(self._api.resume())
         self._paused = False
         self._balloon.release()

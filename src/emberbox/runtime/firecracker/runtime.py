@@ -36,6 +36,7 @@ _MERGE_AFTER_SECONDS = 2.0
 _MOST_LAID_OVER = 64 * MIB
 """Changes up to this are written into a restored machine's memory, which then has them for itself. Making one file of
 base and changes costs as much as all the memory that the template uses, where the file system has no reflinks."""
+_MOST_REMEMBERED = 10_000
 _SPARE_LIMITS = Limits(cpu_count=1, memory_mb=0, disk_size_mb=0)
 """Of a Firecracker that has no guest yet."""
 _KERNEL, _INITRAMFS, _UPPER, _STATE, _MEMORY = "kernel", "initramfs", "upper", "state", "memory"
@@ -104,6 +105,8 @@ class FirecrackerRuntime:
         self._deadlines = Deadlines().scaled(settings.time_scale)
         self._trusted = snapshots.Trusted()
         self._spares: dict[str, _Held] = {}
+        self._laid_over: set[tuple[int, int]] = set()
+        """Folders that were restored once with their changes written into the machine."""
         self._folders: WeakValueDictionary[tuple[int, int], asyncio.Lock] = WeakValueDictionary()
         self._merging: set[asyncio.Task[None]] = set()
         self._one_merge = asyncio.Semaphore(1)
@@ -164,6 +167,7 @@ class FirecrackerRuntime:
         """
         began = time.perf_counter()
         chain = self._chain(spec)
+        inode = _inode(folder)
         async with self._folder_lock(folder):
             ready = await to_thread_whole(self._prepare, folder, chain, most_laid_over)
         _refuse_other_size(spec, ready.manifest)
@@ -194,9 +198,19 @@ class FirecrackerRuntime:
             load_ms=round((loaded - jailed) * 1000, 1),
             lay_over_ms=round((time.perf_counter() - loaded) * 1000, 1),
         )
-        if ready.changes:  # what is restored again, from a snapshot, need not hold them for itself each time
-            self._merge_soon(folder)
+        if ready.changes:
+            self._share_changes(folder, inode)
         return held
+
+    def _share_changes(self, folder: Path, inode: tuple[int, int]) -> None:
+        """What is restored again, from a snapshot, need not hold the changes for itself each time."""
+        if inode in self._laid_over:
+            self._laid_over.discard(inode)
+            self._merge_soon(folder)
+            return
+        if len(self._laid_over) >= _MOST_REMEMBERED:
+            self._laid_over.clear()
+        self._laid_over.add(inode)
 
     async def adopt(self, spec: MachineSpec, record: dict[str, Any]) -> MicroVM | None:
         held = self._held(spec.machine_id, spec.directory, spec.slot)
@@ -235,7 +249,7 @@ class FirecrackerRuntime:
 
     async def make_spare(self, machine_id: str, directory: Path, slot: Slot) -> None:
         async with _undone_on_failure(self._held(machine_id, directory, slot)) as held:
-            await to_thread_whole(self._lock_in, held, slot, _SPARE_LIMITS, ())
+            await to_thread_whole(self._lock_in, held, slot, _SPARE_LIMITS, (), background=True)
             await _wait_until_ready(held)
         self._spares[machine_id] = held
 
@@ -306,12 +320,12 @@ class FirecrackerRuntime:
         files += [_File(layer, f"layer{number}") for number, layer in enumerate(spec.layers)]
         files.append(_File(spec.upper, _UPPER, writable=True))
         async with _undone_on_failure(self._held(spec.machine_id, spec.directory, spec.slot)) as held:
-            if not await self._use_spare(held, files, spec.limits):
-                await to_thread_whole(self._lock_in, held, spec.slot, spec.limits, files)
+            if not await self._use_spare(held, files, spec):
+                await to_thread_whole(self._lock_in, held, spec.slot, spec.limits, files, background=spec.background)
                 await _wait_until_ready(held)
             yield held
 
-    async def _use_spare(self, held: _Held, files: list[_File], limits: Limits) -> bool:
+    async def _use_spare(self, held: _Held, files: list[_File], spec: MachineSpec) -> bool:
         """Give the files to a Firecracker that waits for this machine; false when none does, or it cannot have them."""
         spare = self._spares.pop(held.cell.machine_id, None)
         if spare is None:
@@ -319,7 +333,7 @@ class FirecrackerRuntime:
         held.identity = spare.identity
         if processes.is_alive(held.require()):
             try:
-                await to_thread_whole(_furnish, held, files, limits)
+                await to_thread_whole(_furnish, held, files, spec)
                 return True
             except OSError as error:
                 if error.errno not in jail.NOT_LINKED:
@@ -328,11 +342,11 @@ class FirecrackerRuntime:
         held.identity = None
         return False
 
-    def _lock_in(self, held: _Held, slot: Slot, limits: Limits, files: Iterable[_File]) -> None:
+    def _lock_in(self, held: _Held, slot: Slot, limits: Limits, files: Iterable[_File], *, background: bool) -> None:
         held.cell.create()
         for file in files:
             held.cell.provide(file.source, file.name, writable=file.writable)
-        held.identity = held.cell.spawn(self.settings.binaries, slot.netns, limits)
+        held.identity = held.cell.spawn(self.settings.binaries, slot.netns, limits, background=background)
 
     def _boot_links(self) -> dict[str, Path]:
         return {_KERNEL: self.settings.guest.kernel, _INITRAMFS: self.settings.guest.initramfs}
@@ -409,11 +423,13 @@ async def _wait_until_ready(held: _Held) -> None:
         await asyncio.gather(ready, ended, return_exceptions=True)
 
 
-def _furnish(held: _Held, files: Iterable[_File], limits: Limits) -> None:
+def _furnish(held: _Held, files: Iterable[_File], spec: MachineSpec) -> None:
     """Put files into a jail in which Firecracker runs already, and set what it may use."""
     for file in files:
         held.cell.provide(file.source, file.name, writable=file.writable, link_only=True)
-    held.cell.set_limits(limits)
+    held.cell.set_limits(spec.limits)
+    if not spec.background:
+        held.cell.come_forward()
 
 
 def _end(held: _Held) -> None:
