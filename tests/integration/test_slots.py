@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -379,6 +380,36 @@ async def test_slots_outlive_the_process_and_are_adopted_or_swept(settings: Sett
     with pytest.raises(NetworkFailure, match="is gone"):
         await second.adopt(lost.index)
     await second.give_back(adopted)
+    await second.close()
+    assert _traces(settings) == []
+
+
+async def test_no_slot_is_given_out_twice_after_a_restart(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the last process that lie beyond the new one's first must not come both by number and by resting."""
+    monkeypatch.setattr("emberbox.node.slots._REUSE_AFTER_SECONDS", 20)
+    settings = settings.model_copy(update={"slots_ready": 0})
+    first = Slots(settings)
+    await first.start()
+    left = [await first.take() for _ in range(4)]
+    for slot in left[:2]:
+        await first.give_back(slot)
+    await first.close()
+    second = Slots(settings)
+    await second.start()
+    await second.sweep(frozenset())
+
+    taken = [await second.take() for _ in range(2)]
+    with pytest.raises(NodeFull):
+        await second.take()
+    second._resting = deque((0.0, index) for _, index in second._resting)  # they have rested
+    taken += [await second.take() for _ in range(2)]
+    with pytest.raises(NodeFull):
+        await second.take()
+
+    assert sorted(slot.index for slot in taken) == [0, 1, 2, 3]
+    for slot in taken:
+        assert await _inside(slot, socket.gethostname)
+        await second.give_back(slot)
     await second.close()
     assert _traces(settings) == []
 

@@ -72,6 +72,8 @@ class Slots:
         self._policies: dict[int, Rules] = {}
         self._left_over: set[int] = set()
         self._resting: deque[tuple[float, int]] = deque()
+        self._given: set[int] = set()
+        """Numbers that were given out once, or found in use: `_next` never comes to them, they come back by resting."""
         self._next = 0
         self._making = 0
         self._wanted = asyncio.Event()
@@ -148,6 +150,7 @@ class Slots:
         self._firewall.adopt(index)
         await self._firewall.admit(index)
         self._left_over.discard(index)  # a sweep takes what could not be adopted
+        self._given.add(index)
         self._in_use[index] = slot
         return slot
 
@@ -182,6 +185,7 @@ class Slots:
         doomed = sorted(set(await asyncio.to_thread(self._found)) - mine - keep)
         doomed = [index for index in doomed if index in self._left_over]
         for index in doomed:
+            self._given.add(index)
             self._left_over.discard(index)
             self._firewall.adopt(index)
             await self._remove(index)
@@ -217,13 +221,14 @@ class Slots:
     def _free_index(self) -> int:
         if self._resting and self._resting[0][0] <= time.monotonic():
             return self._resting.popleft()[1]
-        while self._next in self._left_over or self._next in self._in_use:
+        while self._next in self._left_over or self._next in self._given:
             self._next += 1
         if self._next >= self._network.num_addresses // 4:
             raise NodeFull(
                 f"all {self._network.num_addresses // 4} slots of {self._network} are in use; "
                 "give the node a larger EMBERBOX_SLOT_NETWORK"
             )
+        self._given.add(self._next)
         self._next += 1
         return self._next - 1
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from emberbox.linux import processes, sparse
-from emberbox.linux.memory import mappings
-from emberbox.runtime.base import MIB, KeepsSpares, Machine, MachineSpec, Rates, Runtime, Saved
+from emberbox.runtime.base import KeepsSpares, Machine, MachineSpec, Rates, Runtime, Saved
 from emberbox.runtime.errors import MachineGone, RuntimeFailure, SavedDamaged
 from emberbox.runtime.firecracker import snapshots
 from emberbox.runtime.firecracker.errors import ApiError
@@ -86,30 +85,6 @@ async def saved_machine(runtime: FirecrackerRuntime, spec: MachineSpec, into: Pa
     saved = await machine.save(into, memory=True)
     await machine.destroy()
     return saved
-
-
-async def saved_twice(runtime: FirecrackerRuntime, new_spec: NewSpec, folder: Path) -> Saved:
-    """A machine saved, restored and saved again, so that its memory is a base and changes."""
-    saved = await saved_machine(runtime, new_spec("m1"), folder / "one")
-    machine = await runtime.restore(new_spec("m2"), saved)
-    (folder / "two").mkdir()
-    resaved = await machine.save(folder / "two", memory=True)
-    await machine.destroy()
-    assert [piece.name for piece in snapshots.read_manifest(folder / "two").pieces] == ["memory.0", "memory.1"]
-    return resaved
-
-
-def guest_memory(pid: int, file: Path) -> bytes:
-    """What the process has in its mapping of the memory file."""
-    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-        parts = mappings(pid, file.stat())
-        return b"".join(os.pread(memory.fileno(), part.end - part.start, part.start) for part in parts)
-
-
-def pages_of(file: Path) -> Iterator[int]:
-    """Offsets of the pages that a sparse file has."""
-    for offset, length in sparse.data_ranges(file):
-        yield from range(offset, offset + length, 4096)
 
 
 def test_it_is_what_the_protocol_asks(runtime: FirecrackerRuntime) -> None:
@@ -194,7 +169,7 @@ async def test_a_machine_in_the_background_gives_way_until_it_is_resumed(
     await waiting.pause()
     await waiting.resume()
     assert spares[0] == spares[1] == shares[0]
-    assert shares[1] > 5 * shares[0]
+    assert shares[1] > 4 * shares[0]
     assert processor_share(f"{instance}/{one.machine_id}") == shares[1]
     for machine in (waiting, used):
         await machine.destroy()
@@ -361,89 +336,18 @@ async def test_a_machine_that_ends_leaves_its_disk_instead_of_a_copy(
 async def test_a_machine_saved_twice_is_restored_from_all_its_memory(
     runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
 ) -> None:
-    resaved = await saved_twice(runtime, new_spec, tmp_path)
-    manifest = snapshots.read_manifest(resaved.directory)
-    base, changes = (resaved.directory / piece.name for piece in manifest.pieces)
-    with changes.open("r+b") as out:  # where the guest does not write by itself
-        out.seek(100 * MIB)
-        out.write(os.urandom(5 * 4096))
-    pieces = (manifest.pieces[0], snapshots.Piece(changes.name, sparse.checksum(changes)))
-    replace(manifest, pieces=pieces).write(resaved.directory)
-
-    last = await runtime.restore(new_spec("m3"), resaved)
-
-    await last.pause()
-    found = guest_memory(last.record()["pid"], base)
-    (tmp_path / "three").mkdir()
-    await last.save(tmp_path / "three", memory=True)
-    expected = tmp_path / "expected"
-    sparse.clone(base, expected)
-    assert sparse.overlay(changes, expected) > 0
-    since = set(pages_of(tmp_path / "three" / "memory.2"))
-    data = expected.read_bytes()
-    other = {at for at in range(0, len(data), 4096) if data[at : at + 4096] != found[at : at + 4096]}
-    assert len(found) == len(data)
-    assert other <= since, "a page is neither what was saved nor written since"
-    assert found[100 * MIB : 100 * MIB + 5 * 4096] == data[100 * MIB : 100 * MIB + 5 * 4096]
-    assert len(set(pages_of(changes)) - since) >= 5
-    assert not (resaved.directory / snapshots.WHOLE).exists()
-    await last.destroy()
-
-
-async def test_changes_of_a_snapshot_that_is_restored_again_become_one_file_with_the_base(
-    runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("emberbox.runtime.firecracker.runtime._MERGE_AFTER_SECONDS", 0.1)
-    resaved = await saved_twice(runtime, new_spec, tmp_path)
-    whole = resaved.directory / snapshots.WHOLE
-    first = await runtime.restore(new_spec("m3"), resaved)
-    await asyncio.sleep(1)
-    made_for_one = whole.exists()
-
-    second = await runtime.restore(new_spec("m4"), resaved)
-
-    async with asyncio.timeout(60):
-        while not whole.exists():
-            await asyncio.sleep(0.05)
-    assert not made_for_one
-    for machine in (first, second):
-        await machine.destroy()
-
-
-async def test_many_changes_become_one_file_with_the_base(
-    runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    resaved = await saved_twice(runtime, new_spec, tmp_path)
-    monkeypatch.setattr("emberbox.runtime.firecracker.runtime._MOST_LAID_OVER", 0)
+    saved = await saved_machine(runtime, new_spec("m1"), tmp_path / "one")
+    machine = await runtime.restore(new_spec("m2"), saved)
+    (tmp_path / "two").mkdir()
+    resaved = await machine.save(tmp_path / "two", memory=True)
+    await machine.destroy()
 
     last = await runtime.restore(new_spec("m3"), resaved)
 
     assert await last.alive()
-    assert sparse.allocated(resaved.directory / snapshots.WHOLE) > 0
+    assert [piece.name for piece in snapshots.read_manifest(tmp_path / "two").pieces] == ["memory.0", "memory.1"]
+    assert sparse.allocated(tmp_path / "two" / snapshots.WHOLE) > 0
     await last.destroy()
-
-
-async def test_changes_that_cannot_be_written_become_one_file_with_the_base(
-    runtime: FirecrackerRuntime,
-    new_spec: NewSpec,
-    tmp_path: Path,
-    instance: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    resaved = await saved_twice(runtime, new_spec, tmp_path)
-
-    def refuse(*_: Any) -> int:
-        raise PermissionError("not this process")
-
-    monkeypatch.setattr("emberbox.runtime.firecracker.runtime.lay_over", refuse)
-    spec = new_spec("m3")
-
-    last = await runtime.restore(spec, resaved)
-
-    assert firecrackers(instance) == [last.record()["pid"]]
-    assert sparse.allocated(resaved.directory / snapshots.WHOLE) > 0
-    await last.destroy()
-    assert left_over(spec, instance) == []
 
 
 async def test_a_machine_saved_many_times_keeps_a_short_chain(

@@ -233,10 +233,10 @@ def cgroup_settings(version: int, limits: Limits) -> Iterable[str]:
 
 
 def _share(version: int, *, background: bool) -> str:
-    """The setting for a machine's part of the processor while others want it, too: a tenth in the background."""
+    """The setting for a machine's part of the processor while others want it, too: a fifth in the background."""
     if version == 2:
-        return "cpu.weight=10" if background else "cpu.weight=100"
-    return "cpu.shares=102" if background else "cpu.shares=1024"
+        return "cpu.weight=20" if background else "cpu.weight=100"
+    return "cpu.shares=205" if background else "cpu.shares=1024"
 
 
 def unmount_below(folder: Path) -> bool:

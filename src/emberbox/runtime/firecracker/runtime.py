@@ -15,9 +15,8 @@ from weakref import WeakValueDictionary
 
 import structlog
 
-from emberbox.linux import processes, sparse
-from emberbox.linux.memory import lay_over
-from emberbox.runtime.base import MIB, Capabilities, Limits, MachineSpec, Saved, Slot
+from emberbox.linux import processes
+from emberbox.runtime.base import Capabilities, Limits, MachineSpec, Saved, Slot
 from emberbox.runtime.errors import RuntimeFailure, SavedDamaged
 from emberbox.runtime.firecracker import balloon, guest, jail, snapshots, working_set
 from emberbox.runtime.firecracker.api import Deadlines, Drive, Firecracker, NetworkInterface
@@ -33,10 +32,6 @@ _PR_SET_THP_DISABLE = 41
 _END_SECONDS = 10.0
 _MERGE_AFTER_SECONDS = 2.0
 """A machine that is resumed at once, or ended at once, is spared the work."""
-_MOST_LAID_OVER = 64 * MIB
-"""Changes up to this are written into a restored machine's memory, which then has them for itself. Making one file of
-base and changes costs as much as all the memory that the template uses, where the file system has no reflinks."""
-_MOST_REMEMBERED = 10_000
 _SPARE_LIMITS = Limits(cpu_count=1, memory_mb=0, disk_size_mb=0)
 """Of a Firecracker that has no guest yet."""
 _KERNEL, _INITRAMFS, _UPPER, _STATE, _MEMORY = "kernel", "initramfs", "upper", "state", "memory"
@@ -62,20 +57,6 @@ class _File:
     source: Path
     name: str
     writable: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """What a restore loads."""
-
-    manifest: snapshots.Manifest
-    memory: Path
-    changes: tuple[Path, ...] = ()
-    """To be laid over `memory`, in this order, before the machine runs."""
-
-
-class _NotLaidOver(Exception):
-    """The changes could not be written into a machine's memory."""
 
 
 @dataclass(slots=True)
@@ -105,8 +86,6 @@ class FirecrackerRuntime:
         self._deadlines = Deadlines().scaled(settings.time_scale)
         self._trusted = snapshots.Trusted()
         self._spares: dict[str, _Held] = {}
-        self._laid_over: set[tuple[int, int]] = set()
-        """Folders that were restored once with their changes written into the machine."""
         self._folders: WeakValueDictionary[tuple[int, int], asyncio.Lock] = WeakValueDictionary()
         self._merging: set[asyncio.Task[None]] = set()
         self._one_merge = asyncio.Semaphore(1)
@@ -146,71 +125,34 @@ class FirecrackerRuntime:
         """Load a saved machine. It runs when this returns, with the clock and identity of the moment it was saved."""
         if saved.runtime != NAME or not saved.memory:
             raise SavedDamaged(f"a machine saved by '{saved.runtime}' without memory cannot be restored, only started")
-        try:
-            held = await self._restore(spec, saved.directory, most_laid_over=_MOST_LAID_OVER)
-        except _NotLaidOver as error:
-            log.warning("microvm.not_laid_over", machine_id=spec.machine_id, reason=str(error))
-            held = await self._restore(spec, saved.directory, most_laid_over=0)
-        note_into = None if working_set.is_known(saved.directory) else saved.directory
-        machine = self._machine(spec, held, paused=False, note_into=note_into)
-        machine.shorten_soon()
-        return machine
-
-    async def _restore(self, spec: MachineSpec, folder: Path, *, most_laid_over: int) -> _Held:
-        """
-        Args:
-            most_laid_over: bytes of changes that are written into the new machine's memory; with more, one file is
-                made of base and changes first.
-
-        Raises:
-            _NotLaidOver: they could not be written; nothing is left of the machine.
-        """
         began = time.perf_counter()
         chain = self._chain(spec)
-        inode = _inode(folder)
-        async with self._folder_lock(folder):
-            ready = await to_thread_whole(self._prepare, folder, chain, most_laid_over)
-        _refuse_other_size(spec, ready.manifest)
-        await asyncio.to_thread(working_set.read_ahead, ready.memory, folder)
-        links = {_STATE: folder / snapshots.STATE, _MEMORY: ready.memory}
+        async with self._folder_lock(saved.directory):
+            manifest, memory = await to_thread_whole(self._prepare, saved.directory, chain)
+        _refuse_other_size(spec, manifest)
+        await asyncio.to_thread(working_set.read_ahead, memory, saved.directory)
+        links = {_STATE: saved.directory / snapshots.STATE, _MEMORY: memory}
         prepared = time.perf_counter()
         async with self._jailed(spec, links) as held:
             jailed = time.perf_counter()
             try:
-                await held.api.load_snapshot(state=f"/{_STATE}", memory=f"/{_MEMORY}", resume=not ready.changes)
+                await held.api.load_snapshot(state=f"/{_STATE}", memory=f"/{_MEMORY}", resume=True)
             except ApiError as error:
                 raise RuntimeFailure(
-                    f"the machine saved by Firecracker {ready.manifest.firecracker} cannot be restored by "
+                    f"the machine saved by Firecracker {manifest.firecracker} cannot be restored by "
                     f"{self._version}: {error.fault}"
                 ) from error
-            loaded = time.perf_counter()
-            if ready.changes:
-                try:
-                    await to_thread_whole(lay_over, held.require().pid, ready.memory, ready.changes)
-                except OSError as error:
-                    raise _NotLaidOver(str(error)) from error
-                await held.api.resume()
         log.debug(
             "microvm.restored",
             machine_id=spec.machine_id,
             prepare_ms=round((prepared - began) * 1000, 1),
             jail_ms=round((jailed - prepared) * 1000, 1),
-            load_ms=round((loaded - jailed) * 1000, 1),
-            lay_over_ms=round((time.perf_counter() - loaded) * 1000, 1),
+            load_ms=round((time.perf_counter() - jailed) * 1000, 1),
         )
-        if ready.changes:
-            self._share_changes(folder, inode)
-        return held
-
-    def _share_changes(self, folder: Path, inode: tuple[int, int]) -> None:
-        """What is restored again, from a snapshot, need not hold the changes for itself each time."""
-        if inode in self._laid_over:
-            self._laid_over.discard(inode)
-            self._merge_soon(folder)
-            return
-        if len(self._laid_over) >= _MOST_REMEMBERED:
-            self._laid_over.clear()
-        self._laid_over.add(inode)
+        note_into = None if working_set.is_known(saved.directory) else saved.directory
+        machine = self._machine(spec, held, paused=False, note_into=note_into)
+        machine.shorten_soon()
+        return machine
 
     async def adopt(self, spec: MachineSpec, record: dict[str, Any]) -> MicroVM | None:
         held = self._held(spec.machine_id, spec.directory, spec.slot)
@@ -261,17 +203,14 @@ class FirecrackerRuntime:
     # ---- saved machines ----
 
     async def _after_save(self, saved: Saved) -> None:
-        """Trust what was just written, and make one file of it in the background when that is much."""
+        """Trust what was just written, and lay its pieces over each other in the background."""
         manifest = await asyncio.to_thread(snapshots.read_manifest, saved.directory)
         for piece in manifest.pieces:
             self._trusted.add(saved.directory / piece.name, piece.checksum)
-        if await asyncio.to_thread(_changed_bytes, saved.directory, manifest) > _MOST_LAID_OVER:
-            self._merge_soon(saved.directory)
-
-    def _merge_soon(self, folder: Path) -> None:
-        task = asyncio.create_task(self._merge(folder), name=f"merge {folder.name}")
-        self._merging.add(task)
-        task.add_done_callback(self._merging.discard)
+        if len(manifest.pieces) > 1:
+            task = asyncio.create_task(self._merge(saved.directory), name=f"merge {saved.directory.name}")
+            self._merging.add(task)
+            task.add_done_callback(self._merging.discard)
 
     async def _merge(self, folder: Path) -> None:
         """Make the one file that a restore loads, before it is asked for."""
@@ -284,18 +223,13 @@ class FirecrackerRuntime:
                 # Not lost: the pieces are there, and the restore makes it itself.
                 log.warning("microvm.merge_failed", folder=str(folder), reason=str(error))
 
-    def _prepare(self, folder: Path, chain: Chain, most_laid_over: int) -> _Ready:
-        """Check what was saved and link its memory to the machine's chain."""
+    def _prepare(self, folder: Path, chain: Chain) -> tuple[snapshots.Manifest, Path]:
+        """Check what was saved and link its memory to the machine's chain; returns also the file to load."""
         manifest = snapshots.read_manifest(folder)
         snapshots.verify(folder, manifest, self._trusted)
-        base, *changes = manifest.pieces
-        is_whole = self._trusted.held(folder / snapshots.WHOLE) == manifest.pieces
-        if changes and not is_whole and _changed_bytes(folder, manifest) <= most_laid_over:
-            chain.begin(manifest.pieces, folder)
-            return _Ready(manifest, chain.path(base), tuple(chain.path(piece) for piece in changes))
         whole = snapshots.make_whole(folder, manifest.pieces, self._trusted)
         chain.begin(manifest.pieces, folder)
-        return _Ready(manifest, chain.folder / whole.name)
+        return manifest, chain.folder / whole.name
 
     def _make_whole(self, folder: Path) -> None:
         snapshots.make_whole(folder, snapshots.read_manifest(folder).pieces, self._trusted)
@@ -472,11 +406,6 @@ def _refuse_missing_parts(binaries: JailerSettings) -> None:
     for device in ("/dev/kvm", "/dev/net/tun"):
         if not os.path.exists(device):
             raise FirecrackerError(f"{device} is missing: this host cannot run microVMs")
-
-
-def _changed_bytes(folder: Path, manifest: snapshots.Manifest) -> int:
-    """What the pieces over the first have, on the disk."""
-    return sum(sparse.allocated(folder / piece.name) for piece in manifest.pieces[1:])
 
 
 def _inode(folder: Path) -> tuple[int, int]:

@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from emberbox.linux.memory import mappings
 from emberbox.runtime.firecracker.snapshots import replace_file
 
 NAME = "working-set.json"
@@ -29,7 +28,8 @@ Ranges = list[tuple[int, int]]
 def record(pid: int, memory: Path, folder: Path) -> Ranges:
     """Write down which pages of the file `memory` the process has touched in its mapping of it, and return them.
 
-    When none is found nothing is written, and the next restore may try again.
+    When none is found nothing is written, and the next restore may try again: the mapping may be gone, or be listed
+    with another device than stat(2) says, as on btrfs.
 
     Args:
         folder: where `NAME` is put, in one step.
@@ -67,13 +67,24 @@ def _touched(pid: int, memory: Path) -> Iterator[tuple[int, int]]:
     """Yield ranges of the file that are in the process's page tables."""
     file = memory.stat()
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
-        for mapping in mappings(pid, file):
-            size = (mapping.end - mapping.start) // _PAGE * 8
+        for start, end, offset in _mappings(pid, file):
             entries = array.array("Q")
-            entries.frombytes(os.pread(pagemap.fileno(), size, mapping.start // _PAGE * 8))
+            entries.frombytes(os.pread(pagemap.fileno(), (end - start) // _PAGE * 8, start // _PAGE * 8))
             for index, entry in enumerate(entries):
                 if entry & _PRESENT:
-                    yield mapping.offset + index * _PAGE, _PAGE
+                    yield offset + index * _PAGE, _PAGE
+
+
+def _mappings(pid: int, file: os.stat_result) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, end, offset in the file) of the process's mappings of a file, lowest offset first."""
+    device = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}"
+    found = []
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        span, _, offset, at, inode = line.split()[:5]
+        if at == device and int(inode) == file.st_ino:
+            start, _, end = span.partition("-")
+            found.append((int(start, 16), int(end, 16), int(offset, 16)))
+    yield from sorted(found, key=lambda mapping: mapping[2])
 
 
 def _joined(pages: Iterator[tuple[int, int]]) -> Ranges:
