@@ -44,7 +44,7 @@ class NotStarted(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(prog="suite.py", description=__doc__)
     parser.add_argument("--all", action="store_true", help="every test, without a limit of time")
-    parser.add_argument("--cpus", type=int, default=1, help="see `lab.py up --help`")
+    parser.add_argument("--cpus", type=int, default=2, help="see `lab.py up --help`")
     args, more = parser.parse_known_args()
     os.environ["EMBERBOX_LAB_STATE"] = str(STATE)  # a lab that `make lab` started is left alone
     with STATE.with_suffix(".lock").open("w") as lock:
