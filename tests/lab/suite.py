@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace, more: list[str]) -> int:
     _refuse_unfit_machine()
     variables = _living(build("bookworm", install=True), args.cpus)
     left = [] if args.all else [f"--lab-seconds={FAST_SECONDS - (time.monotonic() - began):.0f}", "-m", "not slow"]
-    words = ["-p", "no:xdist", "-p", "tests.lab.limits", *left, *(ALL if args.all else FAST), *more]
+    words = ["-n", "0", "-p", "tests.lab.limits", *left, *(ALL if args.all else FAST), *more]
     command = [sys.executable, "-m", "pytest", *words]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, check=False).returncode
 
