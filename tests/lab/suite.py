@@ -26,7 +26,13 @@ from tests.lab import limits  # noqa: E402
 from tests.lab.host import Lab, LabError  # noqa: E402
 from tests.lab.recipe import LabImage, RecipeError, build, say  # noqa: E402
 
-FAST = ("tests/lab/test_microvm.py", "tests/clients/test_commands.py", "tests/clients/test_files.py")
+FAST = (
+    "tests/lab/test_microvm.py",
+    "tests/lab/test_life.py",
+    "tests/clients/test_commands.py",
+    "tests/clients/test_files.py",
+    "tests/clients/test_cli.py",
+)
 ALL = ("tests/lab", "tests/clients")
 FAST_SECONDS = 1500.0
 """For all of it: image, boot, tests. The last test that begins may go over it."""
@@ -56,7 +62,7 @@ def main() -> int:
         try:
             Lab().down()  # of a run that was killed
             return _run(args, more)
-        except (LabError, RecipeError, GuestFilesError, subprocess.TimeoutExpired) as error:
+        except (LabError, RecipeError, GuestFilesError, subprocess.SubprocessError, OSError) as error:
             say(f"no test runs in the lab: {error}")
             return 0
         except NotStarted as error:
