@@ -241,10 +241,14 @@ def registries_conf(name: str, mirrors: Mapping[str, str], insecure: tuple[str, 
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder, which may change meanwhile; blocks."""
-    total = 0
+    """Bytes of all files below a folder, which may change meanwhile; blocks.
+
+    A file counts once, also when it is renamed into a place that is looked at later, as skopeo does with each layer.
+    """
+    sizes: dict[int, int] = {}
     with contextlib.suppress(FileNotFoundError):
         for path in folder.rglob("*"):
             with contextlib.suppress(FileNotFoundError):
-                total += path.lstat().st_size
-    return total
+                facts = path.lstat()
+                sizes[facts.st_ino] = facts.st_size
+    return sum(sizes.values())

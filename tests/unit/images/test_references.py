@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import tomllib
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from emberbox.images.errors import ImageError
 from emberbox.images.layers import LayerStore
 from emberbox.images.oci import Images
 from emberbox.images.references import parse
-from emberbox.images.registry import registries_conf
+from emberbox.images.registry import folder_bytes, registries_conf
 from emberbox.settings import Settings
 
 DIGEST = "sha256:" + "a" * 64
@@ -111,3 +112,23 @@ def test_a_call_to_aws_is_signed_as_they_document_it() -> None:
         "SignedHeaders=content-type;host;x-amz-date, "
         "Signature=5d672d79c15b13162d9279b0855cfba6789a8edb4c82c400e06b5924a6f2b5d7"
     )
+
+
+def test_a_file_that_is_renamed_while_a_folder_is_counted_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "draft").write_bytes(b"x" * 1000)
+    (tmp_path / "other").write_bytes(b"y" * 10)
+    (tmp_path / "blobs").mkdir()
+    before = folder_bytes(tmp_path)
+
+    def found(folder: Path, _: str) -> Iterator[Path]:
+        yield folder / "blobs"
+        yield folder / "draft"
+        (folder / "draft").rename(folder / "blobs" / "layer")
+        yield folder / "blobs" / "layer"
+        yield folder / "other"
+
+    monkeypatch.setattr(Path, "rglob", found)
+
+    assert folder_bytes(tmp_path) == before
