@@ -14,10 +14,11 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from common import ROOT, Result, Row, main, percentile
@@ -72,11 +73,7 @@ class Api:
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         headers = {"X-API-Key": self._key, "Content-Type": "application/json"}
-        self._connection.request(method, path, None if body is None else json.dumps(body), headers)
-        answer = self._connection.getresponse()
-        content = answer.read()
-        if answer.status >= 400:
-            raise RuntimeError(f"{method} {path}: {answer.status} {content.decode()}")
+        content = _exchange(self._connection, method, path, None if body is None else json.dumps(body), headers)
         return json.loads(content) if content else None
 
     def dirty(self, sandbox: dict[str, Any]) -> None:
@@ -94,13 +91,25 @@ def _dirty(host: str, headers: dict[str, str]) -> None:
     connection = http.client.HTTPConnection(host, timeout=GIVE_UP_SECONDS)
     try:
         headers = {**headers, "Content-Type": "application/octet-stream"}
-        connection.request("POST", "/files?path=/dev/shm/dirt", os.urandom(DIRTIED_MIB << 20), headers)
-        answer = connection.getresponse()
-        content = answer.read()
-        if answer.status >= 400:
-            raise RuntimeError(f"POST /files: {answer.status} {content.decode()}")
+        _exchange(connection, "POST", "/files?path=/dev/shm/dirt", os.urandom(DIRTIED_MIB << 20), headers)
     finally:
         connection.close()
+
+
+def _exchange(
+    connection: http.client.HTTPConnection,
+    method: str,
+    path: str,
+    body: str | bytes | None,
+    headers: Mapping[str, str] = MappingProxyType({}),
+) -> bytes:
+    """Send a request and return the body of its answer; an error status is a `RuntimeError` with it."""
+    connection.request(method, path, body, headers)
+    answer = connection.getresponse()
+    content = answer.read()
+    if answer.status >= 400:
+        raise RuntimeError(f"{method} {path}: {answer.status} {content.decode()}")
+    return content
 
 
 @contextlib.contextmanager
@@ -206,11 +215,7 @@ def _enter(root: Path) -> None:
 def _put(socket: Path, method: str, path: str, body: Any) -> bool:
     connection = Unix(socket)
     try:
-        connection.request(method, path, None if body is None else json.dumps(body))
-        answer = connection.getresponse()
-        content = answer.read()
-        if answer.status >= 400:
-            raise RuntimeError(f"{method} {path}: {answer.status} {content.decode()}")
+        _exchange(connection, method, path, None if body is None else json.dumps(body))
     finally:
         connection.close()
     return True

@@ -24,6 +24,7 @@ API_PORT = 3000
 EDGE_PORT = 3002
 FORWARDED = [API_PORT, EDGE_PORT]
 IN_EMBERBOX = ". /usr/lib/emberbox-lab/environment && .venv/bin/python -m"
+MEMORY_MB = 4096
 START_SECONDS = 600
 TEST_SCALE = "15"
 
@@ -47,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     up = commands.add_parser("up", help="boot the lab; makes its image first when the cache has none")
     up.add_argument("--suite", default="bookworm", help="Debian release of the lab host (default: %(default)s)")
     up.add_argument("--bare", action="store_true", help="do not install the working tree")
-    up.add_argument("--memory", type=int, default=4096, metavar="MIB")
-    up.add_argument("--cpus", type=int, default=1, help="more than one is faster and crashes QEMU's emulation (ADR 22)")
+    up.add_argument("--memory", type=int, default=MEMORY_MB, metavar="MIB")
+    up.add_argument("--cpus", type=int, default=1, help="two are faster; what keeps them alive is in ADR 22")
     up.add_argument("--deadline", type=float, default=180, metavar="SECONDS")
     up.set_defaults(run=_up)
 

@@ -39,7 +39,6 @@ FAST_SECONDS = 1500.0
 STATE = Path(tempfile.gettempdir()) / f"emberbox-lab-tests-{os.getuid()}"
 BOOTS = 2
 BOOT_SECONDS = 300.0
-MEMORY_MB = 4096
 MEMORY_NEEDED_MB = 6144
 
 
@@ -62,7 +61,7 @@ def main() -> int:
         try:
             Lab().down()  # of a run that was killed
             return _run(args, more)
-        except (LabError, RecipeError, GuestFilesError, subprocess.SubprocessError, OSError) as error:
+        except LabError as error:
             say(f"no test runs in the lab: {error}")
             return 0
         except NotStarted as error:
@@ -75,7 +74,7 @@ def main() -> int:
 def _run(args: argparse.Namespace, more: list[str]) -> int:
     began = time.monotonic()
     _refuse_unfit_machine()
-    variables = _living(build("bookworm", install=True), args.cpus)
+    variables = _living(_image(), args.cpus)
     left = [] if args.all else [f"--lab-seconds={FAST_SECONDS - (time.monotonic() - began):.0f}", "-m", "not slow"]
     words = ["-n", "0", "-p", "tests.lab.limits", *left, *(ALL if args.all else FAST), *more]
     command = [sys.executable, "-m", "pytest", *words]
@@ -92,6 +91,17 @@ def _refuse_unfit_machine() -> None:
             raise LabError(f"it needs {MEMORY_NEEDED_MB} MiB of free memory and this machine has {line.split()[1]} kB")
 
 
+def _image() -> LabImage:
+    """
+    Raises:
+        LabError: it cannot be made here.
+    """
+    try:
+        return build("bookworm", install=True)
+    except (RecipeError, GuestFilesError, subprocess.SubprocessError, OSError) as error:
+        raise LabError(f"its image cannot be made: {error}") from error
+
+
 def _living(image: LabImage, cpus: int) -> dict[str, str]:
     """Boot the lab and start Emberbox there, again when the lab dies of it; returns the variables for clients.
 
@@ -102,7 +112,13 @@ def _living(image: LabImage, cpus: int) -> dict[str, str]:
     lab = Lab()
     for _ in range(BOOTS):
         try:
-            lab.up(image, memory_mb=MEMORY_MB, cpus=cpus, forward=command_line.FORWARDED, deadline=BOOT_SECONDS)
+            lab.up(
+                image,
+                memory_mb=command_line.MEMORY_MB,
+                cpus=cpus,
+                forward=command_line.FORWARDED,
+                deadline=BOOT_SECONDS,
+            )
             return command_line.start_emberbox(lab)
         except (LabError, subprocess.TimeoutExpired) as error:
             why = limits.why_dead()

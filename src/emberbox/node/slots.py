@@ -73,7 +73,8 @@ class Slots:
         self._left_over: set[int] = set()
         self._resting: deque[tuple[float, int]] = deque()
         self._given: set[int] = set()
-        """Numbers that were given out once, or found in use: `_next` never comes to them, they come back by resting."""
+        """Numbers that were given out once, or found at the start: `_next` never comes to them, they come back by
+        resting."""
         self._next = 0
         self._making = 0
         self._wanted = asyncio.Event()
@@ -88,6 +89,7 @@ class Slots:
             NetworkFailure: a part of the host's network cannot be set up; says which.
         """
         self._left_over = set(await asyncio.to_thread(self._found))
+        self._given = set(self._left_over)
         await asyncio.to_thread(_enable_forwarding)
         await self._forwarder.start()
         try:
@@ -150,7 +152,6 @@ class Slots:
         self._firewall.adopt(index)
         await self._firewall.admit(index)
         self._left_over.discard(index)  # a sweep takes what could not be adopted
-        self._given.add(index)
         self._in_use[index] = slot
         return slot
 
@@ -185,7 +186,6 @@ class Slots:
         doomed = sorted(set(await asyncio.to_thread(self._found)) - mine - keep)
         doomed = [index for index in doomed if index in self._left_over]
         for index in doomed:
-            self._given.add(index)
             self._left_over.discard(index)
             self._firewall.adopt(index)
             await self._remove(index)
@@ -221,7 +221,7 @@ class Slots:
     def _free_index(self) -> int:
         if self._resting and self._resting[0][0] <= time.monotonic():
             return self._resting.popleft()[1]
-        while self._next in self._left_over or self._next in self._given:
+        while self._next in self._given:
             self._next += 1
         if self._next >= self._network.num_addresses // 4:
             raise NodeFull(

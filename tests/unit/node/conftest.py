@@ -26,6 +26,13 @@ LIMITS = Limits(cpu_count=1, memory_mb=128, disk_size_mb=512)
 IMAGE = Image(build_id="build1", layers=("aa",), env_vars={"FROM": "template"})
 
 
+async def until(check: Any, seconds: float = 60.0) -> None:
+    """Return as soon as `check` is true; fails after `seconds`."""
+    async with asyncio.timeout(seconds):
+        while not check():
+            await asyncio.sleep(0.005)
+
+
 class FakeAgent:
     """Answers the control routes on port 49983 of one loopback address."""
 

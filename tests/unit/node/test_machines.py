@@ -20,15 +20,10 @@ from emberbox.node.errors import (
 from emberbox.node.model import EndReason, Image, Network, State, TimeoutAction, now_ms
 from emberbox.runtime.base import Limits, Rates
 from emberbox.runtime.errors import RuntimeFailure
+from tests.unit.node.conftest import until
 
 RATES = Rates(disk_mb_per_second=5, network_mbit_per_second=8)
 LIMITED = Limits(cpu_count=1, memory_mb=128, disk_size_mb=512, rates=RATES)
-
-
-async def until(check: Any, seconds: float = 60.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not check():
-            await asyncio.sleep(0.005)
 
 
 def later(milliseconds: int) -> int:

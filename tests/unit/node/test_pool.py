@@ -9,16 +9,10 @@ from typing import Any
 from emberbox.node.model import Image
 from emberbox.node.pool import PoolKey
 from emberbox.runtime.base import Limits, Rates
-from tests.unit.node.conftest import FakeRuntime
+from tests.unit.node.conftest import FakeRuntime, until
 
 IMAGE = Image(build_id="build1", layers=("aa",), env_vars={"FROM": "template"})
 LIMITS = Limits(cpu_count=1, memory_mb=128, disk_size_mb=512)
-
-
-async def until(check: Any, seconds: float = 60.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not check():
-            await asyncio.sleep(0.005)
 
 
 async def test_the_first_create_is_cold_and_the_next_takes_a_waiting_machine(make_world: Any) -> None:

@@ -12,7 +12,7 @@ from emberbox.node.errors import NodeFull
 from emberbox.node.spares import Spares
 from emberbox.runtime.base import KeepsSpares, Slot
 from emberbox.runtime.errors import RuntimeFailure
-from tests.unit.node.conftest import FakeRuntime, FakeSlots
+from tests.unit.node.conftest import FakeRuntime, FakeSlots, until
 
 
 class SparingRuntime(FakeRuntime):
@@ -32,12 +32,6 @@ class SparingRuntime(FakeRuntime):
 
     async def end_spare(self, machine_id: str) -> None:
         self.spares.discard(machine_id)
-
-
-async def until(check: Any, seconds: float = 60.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not check():
-            await asyncio.sleep(0.005)
 
 
 @pytest.fixture

@@ -66,6 +66,7 @@ class MicroVM:
         self._version = firecracker_version
         self._trusted = trusted
         self._paused = paused
+        self._in_background = spec.background
         self._after_save = after_save
         self._balloon = Balloon(api, spec.machine_id, lambda: _resident(identity.pid))
         self._note_into = note_into
@@ -159,8 +160,9 @@ class MicroVM:
         self._paused = True
 
     async def _resume(self) -> None:
-        if self.spec.background:
+        if self._in_background:
             await asyncio.to_thread(self._jail.come_forward)
+            self._in_background = False
         await self._ask(self._api.resume())
         self._paused = False
         self._balloon.release()

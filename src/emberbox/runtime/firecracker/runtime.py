@@ -253,27 +253,24 @@ class FirecrackerRuntime:
         files = [_File(source, name) for name, source in (links or self._boot_links()).items()]
         files += [_File(layer, f"layer{number}") for number, layer in enumerate(spec.layers)]
         files.append(_File(spec.upper, _UPPER, writable=True))
-        async with _undone_on_failure(self._held(spec.machine_id, spec.directory, spec.slot)) as held:
-            if not await self._use_spare(held, files, spec):
+        spare = self._spares.pop(spec.machine_id, None)
+        async with _undone_on_failure(spare or self._held(spec.machine_id, spec.directory, spec.slot)) as held:
+            if spare is None or not await self._use(spare, files, spec):
                 await to_thread_whole(self._lock_in, held, spec.slot, spec.limits, files, background=spec.background)
                 await _wait_until_ready(held)
             yield held
 
-    async def _use_spare(self, held: _Held, files: list[_File], spec: MachineSpec) -> bool:
-        """Give the files to a Firecracker that waits for this machine; false when none does, or it cannot have them."""
-        spare = self._spares.pop(held.cell.machine_id, None)
-        if spare is None:
-            return False
-        held.identity = spare.identity
-        if processes.is_alive(held.require()):
+    async def _use(self, spare: _Held, files: list[_File], spec: MachineSpec) -> bool:
+        """Give the files to the spare; false, and nothing is left of it, when it has died or cannot have them."""
+        if processes.is_alive(spare.require()):
             try:
-                await to_thread_whole(_furnish, held, files, spec)
+                await to_thread_whole(_furnish, spare, files, spec)
                 return True
             except OSError as error:
                 if error.errno not in jail.NOT_LINKED:
                     raise
-        await to_thread_whole(_end, held)
-        held.identity = None
+        await to_thread_whole(_end, spare)
+        spare.identity = None
         return False
 
     def _lock_in(self, held: _Held, slot: Slot, limits: Limits, files: Iterable[_File], *, background: bool) -> None:
