@@ -74,7 +74,7 @@ class Settings(BaseSettings):
     slots_ready: int = Field(4, ge=0, le=256)
     """Slots kept prepared."""
     spares: int = Field(2, ge=0, le=64)
-    """Machines' processes kept started, before it is known what they will run; for microVMs, about 3 MB each."""
+    """Machines' processes kept started, before it is known what they will run; for microVMs, about 2 MB each."""
     inherit_host_network: bool = False
     """Give sandboxes and builds the host's CA bundle, resolver and package settings.
 
