@@ -60,6 +60,7 @@ func run(address string) error {
 	// The agent is small and shares the machine with the user's work: collect
 	// early and give back what is over.
 	debug.SetGCPercent(50)
+	collectByNeedOnly()
 	debug.SetMemoryLimit(64 << 20)
 	// Set by hand, the runtime does not watch the cgroup for it; more than a few add memory, not speed.
 	runtime.GOMAXPROCS(min(runtime.NumCPU(), 4))

@@ -12,7 +12,15 @@ import (
 // diag asks the kernel for listening sockets over NETLINK_SOCK_DIAG. Unlike
 // /proc/net/tcp, which walks the hash table of all connections of the host
 // (milliseconds on a big one, whatever this machine has), it visits listeners only.
-type diag struct{ fd int }
+//
+// It is asked for ever, and so allocates nothing: garbage of an idle machine
+// would be collected, and each collection touches memory that was at rest.
+type diag struct {
+	fd      int
+	request [requestSize]byte
+	answer  []byte
+	found   []netip.AddrPort
+}
 
 const (
 	sockDiagByFamily = 20 // linux/sock_diag.h
@@ -27,54 +35,54 @@ func openDiag() (*diag, error) {
 	if err != nil {
 		return nil, err
 	}
+	// Connected, so that plain read and write do.
+	if err := unix.Connect(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		_ = unix.Close(fd)
+		return nil, err
+	}
 	// A dump is answered at once; the limit guards against a kernel that never ends one.
 	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 2}); err != nil {
 		_ = unix.Close(fd)
 		return nil, err
 	}
-	return &diag{fd}, nil
+	return &diag{fd: fd, answer: make([]byte, 16<<10)}, nil
 }
 
 func (d *diag) close() { _ = unix.Close(d.fd) }
 
-// list returns the listening TCP sockets of both families.
+// list returns the listening TCP sockets of both families, until the next call.
 func (d *diag) list() ([]netip.AddrPort, error) {
-	found, err := d.listeners(unix.AF_INET)
-	if err != nil {
+	d.found = d.found[:0]
+	if err := d.listeners(unix.AF_INET); err != nil {
 		return nil, err
 	}
-	six, err := d.listeners(unix.AF_INET6)
-	if err != nil {
-		return found, nil // a machine without IPv6
-	}
-	return append(found, six...), nil
+	_ = d.listeners(unix.AF_INET6) // fails in a machine without IPv6
+	return d.found, nil
 }
 
-// listeners returns the listening TCP sockets of one address family.
-func (d *diag) listeners(family uint8) ([]netip.AddrPort, error) {
-	req := make([]byte, requestSize)
+// listeners appends the listening TCP sockets of one address family to found.
+func (d *diag) listeners(family uint8) error {
+	req := d.request[:]
 	binary.NativeEndian.PutUint32(req[0:], requestSize)
 	binary.NativeEndian.PutUint16(req[4:], sockDiagByFamily)
 	binary.NativeEndian.PutUint16(req[6:], unix.NLM_F_REQUEST|unix.NLM_F_DUMP)
 	req[headerSize] = family
 	req[headerSize+1] = unix.IPPROTO_TCP
 	binary.NativeEndian.PutUint32(req[headerSize+4:], 1<<tcpListen)
-	if err := unix.Sendto(d.fd, req, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return nil, err
+	if _, err := unix.Write(d.fd, req); err != nil {
+		return err
 	}
-	var found []netip.AddrPort
-	buf := make([]byte, 16<<10)
 	for {
-		n, _, err := unix.Recvfrom(d.fd, buf, 0)
+		n, err := unix.Read(d.fd, d.answer)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil {
-			return nil, err
+			return err
 		}
-		more, err := parseDump(buf[:n], &found)
+		more, err := parseDump(d.answer[:n], &d.found)
 		if err != nil || !more {
-			return found, err
+			return err
 		}
 	}
 }

@@ -24,8 +24,6 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"emberbox/agent/internal/logs"
 )
 
@@ -34,6 +32,7 @@ const (
 	// Reading /proc/net costs milliseconds on a big host: where it must do, it is done less often.
 	pollProcEvery = 800 * time.Millisecond
 	dialTimeout   = 5 * time.Second
+	away          = 5 * time.Second
 )
 
 // Forwarder owns the agent's listeners for user ports.
@@ -57,16 +56,21 @@ func (f *Forwarder) Run(ctx context.Context) {
 	list, every := listProc, pollProcEvery
 	if d, err := openDiag(); err == nil {
 		defer d.close()
-		if _, err := d.listeners(unix.AF_INET); err == nil {
+		if _, err := d.list(); err == nil {
 			list, every = d.list, pollEvery
 		}
 	}
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	defer f.update(nil)
-	for {
-		if found, err := list(); err == nil {
-			f.look(found)
+	for at := time.Now(); ; {
+		// A machine that slept longer than it should was paused or saved: what wakes it goes first.
+		last := at
+		at = time.Now()
+		if at.Sub(last) < away {
+			if found, err := list(); err == nil {
+				f.look(found)
+			}
 		}
 		select {
 		case <-tick.C:
@@ -78,6 +82,9 @@ func (f *Forwarder) Run(ctx context.Context) {
 
 // look brings the forwards in line with what listens now.
 func (f *Forwarder) look(found []netip.AddrPort) {
+	if f.idle(found) {
+		return
+	}
 	loopback := map[uint16]netip.AddrPort{}
 	elsewhere := map[uint16]bool{}
 	for _, at := range found {
@@ -96,6 +103,18 @@ func (f *Forwarder) look(found []netip.AddrPort) {
 		delete(loopback, port)
 	}
 	f.update(loopback)
+}
+
+// idle says that nothing is forwarded or to be forwarded; most machines, most of the time.
+func (f *Forwarder) idle(found []netip.AddrPort) bool {
+	for _, at := range found {
+		if at.Addr().IsLoopback() && at.Port() != f.own {
+			return false
+		}
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.open) == 0
 }
 
 // isOurs says whether a listener is one of the forwarder's own.

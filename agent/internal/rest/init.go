@@ -56,6 +56,7 @@ var initOne sync.Mutex
 // The order is that of danger: entropy, clock and identity are right before
 // the token opens the sandbox to its user.
 func (a *API) Init(w http.ResponseWriter, r *http.Request) {
+	came := time.Now()
 	var req initRequest
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxInit))
 	if err == nil && len(strings.TrimSpace(string(body))) > 0 {
@@ -67,6 +68,9 @@ func (a *API) Init(w http.ResponseWriter, r *http.Request) {
 	}
 	initOne.Lock()
 	defer initOne.Unlock()
+	if req.Timestamp != nil { // it was so when the request came
+		*req.Timestamp = req.Timestamp.Add(time.Since(came))
+	}
 	if err := a.applyInit(r, &req); err != nil {
 		a.Log.Error("agent", "init failed", "error", err.Error())
 		failWith(w, err)

@@ -26,8 +26,8 @@ _libc = ctypes.CDLL(None)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
-def clone(source: Path, target: Path, *, mode: int = 0o600) -> None:
-    """Make the new file `target` an independent copy of `source`, with the same holes.
+def clone(source: Path, target: Path, *, mode: int = 0o600) -> bool:
+    """Make the new file `target` an independent copy of `source`, with the same holes; tells whether blocks are shared.
 
     Raises:
         OSError: `target` exists, or the disk is full; a half-made `target` is removed.
@@ -35,7 +35,8 @@ def clone(source: Path, target: Path, *, mode: int = 0o600) -> None:
     with source.open("rb") as reader:
         writer = os.open(target, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, mode)
         try:
-            if not _reflink(reader.fileno(), writer):
+            shared = _reflink(reader.fileno(), writer)
+            if not shared:
                 os.ftruncate(writer, os.fstat(reader.fileno()).st_size)
                 _copy_data(reader.fileno(), writer)
         except BaseException:
@@ -43,6 +44,7 @@ def clone(source: Path, target: Path, *, mode: int = 0o600) -> None:
             raise
         finally:
             os.close(writer)
+    return shared
 
 
 def overlay(changes: Path, onto: Path) -> int:

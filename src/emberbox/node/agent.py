@@ -1,7 +1,7 @@
 """The node's client of emberd, the agent inside a machine.
 
 A lean HTTP/1.1 client: one connection a request, because making one over the slot's own link costs less than keeping
-a thousand idle. Here live the control routes (`/health`, `/init`, `/logs`, `/fsfreeze`) and what a node uses of the
+a thousand idle. Here live the control routes (`/init`, `/logs`, `/fsfreeze`) and what a node uses of the
 rest: a template's start and ready commands, and the commands and files of a build.
 """
 
@@ -14,7 +14,7 @@ import json
 import os
 import socket
 import struct
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -87,24 +87,14 @@ class Agent:
         self._scale = time_scale
         self._port = port
 
-    async def wait_healthy(self, timeout: float) -> None:
-        """Return as soon as the agent answers; polls tightly at first, for a machine takes some ten milliseconds."""
-        pause = _FIRST_POLL_SECONDS
-        try:
-            async with asyncio.timeout(timeout):
-                while True:
-                    with suppress(OSError, TimeoutError, AgentFailure, httptools.HttpParserError):
-                        answer = await self._exchange("GET", "/health", connect_timeout=_CONNECT_SECONDS * self._scale)
-                        if answer.status == 204:
-                            return
-                    await asyncio.sleep(pause)
-                    pause = min(pause * 1.3, _LAST_POLL_SECONDS)
-        except TimeoutError:
-            raise AgentFailure(f"the agent did not answer within {timeout:g} s") from None
+    async def init(self, make_body: Callable[[], dict[str, Any]], *, within: float | None = None) -> None:
+        """Hand over what the machine is: environment, token, user, name, time.
 
-    async def init(self, body: dict[str, Any]) -> None:
-        """Hand over what the machine is: environment, token, user, name, time."""
-        await self._control("POST", "/init", body=json.dumps(body).encode(), expect=(200, 204))
+        Args:
+            make_body: called when the agent has been reached, for the time in it is then.
+            within: seconds that a machine which has just been started has until it answers.
+        """
+        await self._control("POST", "/init", make_body=make_body, expect=(200, 204), within=within)
 
     async def freeze_files(self) -> None:
         """Flush the guest's file systems to the disk and hold writes until the machine ends or `thaw_files`."""
@@ -116,7 +106,8 @@ class Agent:
 
     async def logs(self, after: int, limit: int) -> list[AgentLog]:
         """Return up to `limit` log entries whose `seq` is greater than `after`, oldest first."""
-        answer = await self._control("GET", f"/logs?{urlencode({'cursor': after, 'limit': limit})}", expect=(200,))
+        target = f"/logs?{urlencode({'cursor': after, 'limit': limit})}"
+        answer = await self._control("GET", target, expect=(200,))
         try:
             found = json.loads(answer.body)
             entries = found["entries"] if isinstance(found, dict) else found
@@ -212,19 +203,24 @@ class Agent:
     # ---- HTTP
 
     async def _control(
-        self, method: str, target: str, *, body: bytes | None = None, expect: tuple[int, ...]
+        self,
+        method: str,
+        target: str,
+        *,
+        make_body: Callable[[], dict[str, Any]] | None = None,
+        expect: tuple[int, ...],
+        within: float | None = None,
     ) -> _Response:
         route = target.partition("?")[0]
+        limit = 5 * self._scale if within is None else within
+        headers = {CONTROL_HEADER: self._secret, "Content-Type": "application/json"}
         try:
-            async with asyncio.timeout(5 * self._scale):
-                answer = await self._exchange(
-                    method,
-                    target,
-                    body=body,
-                    headers={CONTROL_HEADER: self._secret, "Content-Type": "application/json"},
-                )
+            async with asyncio.timeout(limit):
+                connection = await (self._connect(None) if within is None else self._connect_when_up())
+                body = None if make_body is None else json.dumps(make_body()).encode()
+                answer = await self._exchange(connection, method, target, body=body, headers=headers)
         except TimeoutError:
-            raise AgentFailure(f"the agent did not answer {route} in time") from None
+            raise AgentFailure(f"the agent did not answer {route} within {limit:g} s") from None
         except (OSError, httptools.HttpParserError) as error:
             raise AgentFailure(f"the agent's {route} failed: {error}") from error
         if answer.status not in expect:
@@ -233,19 +229,12 @@ class Agent:
         return answer
 
     async def _exchange(
-        self,
-        method: str,
-        target: str,
-        *,
-        body: bytes | None = None,
-        headers: dict[str, str] | None = None,
-        connect_timeout: float | None = None,
+        self, connection: socket.socket, method: str, target: str, *, body: bytes | None, headers: dict[str, str]
     ) -> _Response:
         collected = bytearray()
         reader = _Reader()
-        connection = await self._connect(connect_timeout)
         try:
-            await self._send(connection, method, target, body, headers or {})
+            await self._send(connection, method, target, body, headers)
             async for part in self._parts(connection, reader):
                 collected += part
         finally:
@@ -330,6 +319,15 @@ class Agent:
             raise AgentFailure(f"the agent broke off a command: {error}") from error
         finally:
             connection.close()
+
+    async def _connect_when_up(self) -> socket.socket:
+        """Connect as soon as the agent listens; tries often at first, for a machine takes some ten milliseconds."""
+        pause = _FIRST_POLL_SECONDS
+        while True:
+            with suppress(OSError, TimeoutError):
+                return await self._connect(_CONNECT_SECONDS * self._scale)
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.3, _LAST_POLL_SECONDS)
 
     async def _connect(self, timeout: float | None) -> socket.socket:
         connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)

@@ -11,9 +11,10 @@ import contextlib
 import hashlib
 import secrets
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 
@@ -110,6 +111,16 @@ class Origin:
     upper: Path | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """What a machine is told of itself, once it answers."""
+
+    make_body: Callable[[], dict[str, Any]]
+    """See `identity`."""
+    new_secret: bool = False
+    """Give it a control secret of its own: one restored from memory has one that others share."""
+
+
 @dataclass(slots=True)
 class _Laps:
     """Milliseconds of the parts of one start, for the log."""
@@ -162,12 +173,15 @@ class Hosting:
         limits: Limits,
         *,
         hostname: str,
+        introduction: Introduction,
         network: Network = OPEN_NETWORK,
         background: bool = False,
     ) -> Hosted:
-        """Start a machine and return when its agent answers.
+        """Start a machine and return when its agent has been told what it is.
 
         Args:
+            introduction: the first request to the agent: what follows a restore costs memory that is not there yet,
+                and a question before it would cost again.
             background: see `MachineSpec`.
 
         Raises:
@@ -178,7 +192,7 @@ class Hosting:
         undo = contextlib.AsyncExitStack()
         self._starting += 1
         try:
-            return await self._start(origin, limits, hostname, network, background, undo)
+            return await self._start(origin, limits, hostname, introduction, network, background, undo)
         except BaseException as error:
             log.info("machine.start_undone", error=str(error) or type(error).__name__)
             await finish(undo.aclose())
@@ -191,6 +205,7 @@ class Hosting:
         origin: Origin,
         limits: Limits,
         hostname: str,
+        introduction: Introduction,
         network: Network,
         background: bool,
         undo: contextlib.AsyncExitStack,
@@ -241,7 +256,7 @@ class Hosting:
         undo.push_async_callback(machine.destroy)
         laps.lap("runtime")
         hosted = Hosted(machine, spec, secret, self.agent(machine, machine_id, secret))
-        await self._until_healthy(hosted)
+        hosted = await self._introduce_first(hosted, introduction)
         laps.lap("agent")
         log.debug("machine.started", machine_id=machine_id, **laps.taken)
         undo.pop_all()
@@ -256,18 +271,36 @@ class Hosting:
         """The client of a machine's agent."""
         return Agent(machine.address, secret, label=machine_id, time_scale=self.time_scale)
 
-    async def _until_healthy(self, hosted: Hosted) -> None:
+    async def introduce(self, hosted: Hosted, introduction: Introduction, *, within: float | None = None) -> Hosted:
+        """Tell a machine what it is; returns it with its new secret when it got one.
+
+        Args:
+            within: see `Agent.init`.
+
+        Raises:
+            AgentFailure
+        """
+        if not introduction.new_secret:
+            await hosted.agent.init(introduction.make_body, within=within)
+            return hosted
+        secret = secrets.token_hex(32)
+        control = {"controlHash": hashlib.sha256(secret.encode()).hexdigest()}
+        await hosted.agent.init(lambda: {**introduction.make_body(), **control}, within=within)
+        return replace(hosted, secret=secret, agent=self.agent(hosted.machine, hosted.spec.machine_id, secret))
+
+    async def _introduce_first(self, hosted: Hosted, introduction: Introduction) -> Hosted:
+        limit = _START_SECONDS * self.time_scale
         ended = asyncio.ensure_future(hosted.machine.wait())
-        healthy = asyncio.ensure_future(hosted.agent.wait_healthy(_START_SECONDS * self.time_scale))
+        introduced = asyncio.ensure_future(self.introduce(hosted, introduction, within=limit))
         try:
-            await asyncio.wait((ended, healthy), return_when=asyncio.FIRST_COMPLETED)
-            if ended.done() and not healthy.done():
+            await asyncio.wait((ended, introduced), return_when=asyncio.FIRST_COMPLETED)
+            if ended.done() and not introduced.done():
                 raise AgentFailure(f"the machine ended while it started: {ended.result()}")
-            await healthy
+            return await introduced
         finally:
-            for task in (ended, healthy):
+            for task in (ended, introduced):
                 task.cancel()
-            await asyncio.gather(ended, healthy, return_exceptions=True)
+            await asyncio.gather(ended, introduced, return_exceptions=True)
 
     async def run_template_commands(self, hosted: Hosted, image: Image, token: str = "") -> None:
         """Run the template's start command and return when its ready command succeeds.

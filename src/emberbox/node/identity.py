@@ -1,4 +1,4 @@
-"""What `/init` tells an agent about the sandbox it serves."""
+"""What `/init` tells an agent about the sandbox it serves. Made when it is sent, for the time is in it."""
 
 from __future__ import annotations
 

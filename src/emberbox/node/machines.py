@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -32,7 +30,7 @@ from emberbox.node.deadlines import Deadlines
 from emberbox.node.errors import AgentFailure, AlreadyHere, Interrupted, NodeError, NodeFull, NoSuchSandbox, WrongState
 from emberbox.node.events import Events
 from emberbox.node.files import remove_file, remove_tree
-from emberbox.node.hosting import Hosted, Hosting
+from emberbox.node.hosting import Hosted, Hosting, Introduction
 from emberbox.node.logs import SandboxLogs
 from emberbox.node.model import (
     OPEN_NETWORK,
@@ -224,7 +222,7 @@ class Machines:
                     await hosted.machine.resume()
                 if record.network != OPEN_NETWORK:
                     await self.hosting.slots.apply(hosted.spec.slot, record.network)
-                return await self._introduce(hosted, record)
+                return await self.hosting.introduce(hosted, self._first_introduction(record))
             except (AgentFailure, RuntimeFailure) as error:
                 log.warning("pool.claim_failed", machine_id=hosted.spec.machine_id, error=str(error))
                 await self.hosting.end(hosted)
@@ -234,16 +232,20 @@ class Machines:
         return None
 
     async def _start_cold(self, seed: Seed, record: SandboxRecord) -> Hosted:
-        hosted = await self.with_room(
+        return await self.with_room(
             lambda: self.preparing.machine(
-                seed.image, seed.limits, saved=seed.saved, saved_secret=seed.saved_secret, network=record.network
+                seed.image,
+                seed.limits,
+                self._first_introduction(record),
+                saved=seed.saved,
+                saved_secret=seed.saved_secret,
+                network=record.network,
             )
         )
-        try:
-            return await self._introduce(hosted, record)
-        except BaseException:
-            await self.hosting.end(hosted)
-            raise
+
+    def _first_introduction(self, record: SandboxRecord) -> Introduction:
+        shared = self.hosting.runtime.capabilities.memory_snapshots
+        return Introduction(lambda: identity.first(record), new_secret=shared)
 
     async def with_room(self, start: Callable[[], Awaitable[Hosted]]) -> Hosted:
         """Start a machine; those that wait in the pool give way when the node is full."""
@@ -260,17 +262,6 @@ class Machines:
         if leaving:
             await asyncio.wait(leaving, return_when=asyncio.FIRST_COMPLETED)
         return bool(leaving)
-
-    async def _introduce(self, hosted: Hosted, record: SandboxRecord) -> Hosted:
-        """Tell a machine which sandbox it is. One restored from memory that others share gets a secret of its own."""
-        body = identity.first(record)
-        if not self.hosting.runtime.capabilities.memory_snapshots:
-            await hosted.agent.init(body)
-            return hosted
-        secret = secrets.token_hex(32)
-        await hosted.agent.init({**body, "controlHash": hashlib.sha256(secret.encode()).hexdigest()})
-        machine = hosted.machine
-        return replace(hosted, secret=secret, agent=self.hosting.agent(machine, hosted.spec.machine_id, secret))
 
     async def run_on(self, sandbox: Sandbox, hosted: Hosted, record: SandboxRecord) -> None:
         """Write that the sandbox runs on this machine, and look after it from now on."""

@@ -19,7 +19,7 @@ import structlog
 from emberbox.node import identity
 from emberbox.node.errors import AgentFailure
 from emberbox.node.files import remove_tree
-from emberbox.node.hosting import Hosted
+from emberbox.node.hosting import Hosted, Introduction
 from emberbox.node.model import State, Status, TimeoutAction, now_ms
 from emberbox.node.records import SandboxRecord, SavedFacts
 from emberbox.node.sandbox import Sandbox
@@ -165,7 +165,7 @@ class Pausing:
         assert hosted is not None
         try:
             await hosted.machine.resume()
-            await hosted.agent.init(identity.again(running))
+            await self._hosting.introduce(hosted, _going_on(running))
         except (RuntimeFailure, AgentFailure) as error:
             if await hosted.machine.alive():
                 await finish(self._freeze_again(hosted))
@@ -201,10 +201,15 @@ class Pausing:
         await sandbox.left()  # what the last machine holds of the saved memory need not be copied once it has ended
         hosted = await self._machines.with_room(
             lambda: self._machines.preparing.machine(
-                running.image, running.limits, saved=saved, saved_secret=secret, network=running.network
+                running.image,
+                running.limits,
+                _going_on(running),
+                saved=saved,
+                saved_secret=secret,
+                network=running.network,
             )
         )
-        await self._go_on(sandbox, hosted, running, used_up=directory)
+        await finish(self._settle_running(sandbox, hosted, running, used_up=directory))
 
     async def _resume_files(self, sandbox: Sandbox, running: SandboxRecord) -> None:
         """Start cold on the upper that the last machine left, in place."""
@@ -218,27 +223,19 @@ class Pausing:
         saved = running.saved.within(self._hosting.uppers_dir)
         hosted = await self._machines.with_room(
             lambda: self._machines.preparing.machine(
-                running.image, running.limits, saved=saved, upper=upper, network=running.network
+                running.image, running.limits, _going_on(running), saved=saved, upper=upper, network=running.network
             )
         )
-        await self._go_on(sandbox, hosted, running, used_up=None)
+        await finish(self._settle_running(sandbox, hosted, running, used_up=None))
 
-    async def _go_on(self, sandbox: Sandbox, hosted: Hosted, running: SandboxRecord, *, used_up: Path | None) -> None:
+    async def _settle_running(
+        self, sandbox: Sandbox, hosted: Hosted, running: SandboxRecord, *, used_up: Path | None
+    ) -> None:
         """Go on in a new machine.
 
         Args:
             used_up: the directory of saved memory that it was restored from; None when its upper is the sandbox's own.
         """
-        try:
-            await hosted.agent.init(identity.again(running))
-        except BaseException:
-            await self._hosting.end(hosted, keep_upper=used_up is None)
-            raise
-        await finish(self._settle_running(sandbox, hosted, running, used_up))
-
-    async def _settle_running(
-        self, sandbox: Sandbox, hosted: Hosted, running: SandboxRecord, used_up: Path | None
-    ) -> None:
         try:
             await self._machines.run_on(sandbox, hosted, running)
         except BaseException:
@@ -255,3 +252,7 @@ class Pausing:
         files = self._files_of(hosted)
         await self._machines.store(sandbox, replace(record, memory_kept=False, machine=None, saved=files))
         await self._leave_machine(sandbox, hosted, keep_upper=True)
+
+
+def _going_on(record: SandboxRecord) -> Introduction:
+    return Introduction(lambda: identity.again(record))

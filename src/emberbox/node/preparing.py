@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from emberbox.node import identity
 from emberbox.node.errors import NodeError
-from emberbox.node.hosting import Hosted, Hosting, Origin
+from emberbox.node.hosting import Hosted, Hosting, Introduction, Origin
 from emberbox.node.model import OPEN_NETWORK, Image, Network
 from emberbox.node.pool import PoolKey
 from emberbox.node.records import SavedFacts, write_file
@@ -54,12 +54,11 @@ class Preparing:
         """Bring up a machine for the pool."""
         if self._remembers:
             await asyncio.shield(self._make_soon(PoolKey.of(image, limits), image, limits))
-        hosted = await self.machine(image, limits, background=self.waits_paused)
+        hosted = await self.machine(image, limits, _unclaimed(image, limits), background=self.waits_paused)
         if self.waits_paused:
             try:
                 # A restored machine's memory comes page by page as it is touched: what a claim and a first command
                 # touch is touched here.
-                await hosted.agent.init(identity.unclaimed(image, limits))
                 await self._hosting.rehearse(hosted, image)
                 await hosted.machine.pause()
             except BaseException:
@@ -71,6 +70,7 @@ class Preparing:
         self,
         image: Image,
         limits: Limits,
+        introduction: Introduction,
         *,
         saved: Saved | None = None,
         saved_secret: str = "",
@@ -78,7 +78,7 @@ class Preparing:
         network: Network = OPEN_NETWORK,
         background: bool = False,
     ) -> Hosted:
-        """Bring up a machine, ready for `/init`.
+        """Bring up a machine, ready and introduced.
 
         Args:
             saved: start from this instead of the template.
@@ -89,28 +89,43 @@ class Preparing:
             key = PoolKey.of(image, limits)
             if (found := await asyncio.to_thread(self._find, key)) is not None:
                 try:
-                    hosted = await self._start(Origin(image.layers, found[0], found[1]), limits, network, background)
+                    origin = Origin(image.layers, found[0], found[1])
+                    hosted = await self._start(origin, limits, introduction, network, background)
                     hosted.machine.answered()
                     return hosted
                 except SavedDamaged as error:
                     log.error("template_memory.damaged", build_id=image.build_id, error=str(error))
                     await asyncio.to_thread(shutil.rmtree, self._directory / str(key), ignore_errors=True)
             self._make_soon(key, image, limits)
-        hosted = await self._start(Origin(image.layers, saved, saved_secret, upper), limits, network, background)
-        if (saved is None or not saved.memory) and (image.start_command or image.ready_command):
-            try:
-                await hosted.agent.init(identity.unclaimed(image, limits))
-                await self._hosting.run_template_commands(hosted, image)
-            except BaseException:
-                await self._hosting.end(hosted, keep_upper=upper is not None)
-                raise
-        return hosted
+        origin = Origin(image.layers, saved, saved_secret, upper)
+        remembers = saved is not None and saved.memory
+        if remembers or not (image.start_command or image.ready_command):
+            return await self._start(origin, limits, introduction, network, background)
+        hosted = await self._start(origin, limits, _unclaimed(image, limits), network, background)
+        try:
+            await self._hosting.run_template_commands(hosted, image)
+            return await self._hosting.introduce(hosted, introduction)
+        except BaseException:
+            await self._hosting.end(hosted, keep_upper=upper is not None)
+            raise
 
     async def _start(
-        self, origin: Origin, limits: Limits, network: Network = OPEN_NETWORK, background: bool = False
+        self,
+        origin: Origin,
+        limits: Limits,
+        introduction: Introduction,
+        network: Network = OPEN_NETWORK,
+        background: bool = False,
     ) -> Hosted:
         async with self._turn:
-            return await self._hosting.start(origin, limits, hostname="sandbox", network=network, background=background)
+            return await self._hosting.start(
+                origin,
+                limits,
+                hostname="sandbox",
+                introduction=introduction,
+                network=network,
+                background=background,
+            )
 
     # ---- template memory
 
@@ -154,9 +169,8 @@ class Preparing:
         directory = self._directory / str(key)
         if await asyncio.to_thread((directory / _META).exists):
             return
-        hosted = await self._start(Origin(image.layers), limits)
+        hosted = await self._start(Origin(image.layers), limits, _unclaimed(image, limits))
         try:
-            await hosted.agent.init(identity.unclaimed(image, limits))
             await self._hosting.run_template_commands(hosted, image)
             await self._hosting.rehearse(hosted, image)
             await to_thread_whole(_fresh_directory, directory)
@@ -186,6 +200,10 @@ class Preparing:
 
     async def close(self) -> None:
         await self._tasks.close()
+
+
+def _unclaimed(image: Image, limits: Limits) -> Introduction:
+    return Introduction(lambda: identity.unclaimed(image, limits))
 
 
 def _fresh_directory(path: Path) -> None:

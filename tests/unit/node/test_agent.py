@@ -61,7 +61,7 @@ async def run(agent: Agent) -> int:
 async def test_init_carries_the_secret_and_the_body(answers: Answers) -> None:
     agent, requests = await answers(b"HTTP/1.1 204 No Content\r\n\r\n")
 
-    await agent.init({"sandboxID": "s1"})
+    await agent.init(lambda: {"sandboxID": "s1"})
 
     assert b"X-Ember-Control: secret\r\n" in requests[0]
     assert requests[0].endswith(b'{"sandboxID": "s1"}')
@@ -71,7 +71,7 @@ async def test_a_refusal_is_told_with_its_words(answers: Answers) -> None:
     agent, _ = await answers(b"HTTP/1.1 400 Bad\r\nContent-Length: 11\r\n\r\nbad user id")
 
     with pytest.raises(AgentFailure, match="answered 400 to /init: bad user id"):
-        await agent.init({})
+        await agent.init(dict)
 
 
 async def test_an_answer_that_breaks_off_is_a_failure(answers: Answers) -> None:
@@ -85,21 +85,21 @@ async def test_garbage_is_a_failure(answers: Answers) -> None:
     agent, _ = await answers(b"\x00\x01 not HTTP at all\r\n\r\n")
 
     with pytest.raises(AgentFailure, match="/init failed"):
-        await agent.init({})
+        await agent.init(dict)
 
 
 async def test_an_agent_that_says_nothing_is_given_up(answers: Answers) -> None:
     agent, _ = await answers(*[b""] * 4000, scale=0.01)
 
-    with pytest.raises(AgentFailure, match="in time"):
-        await agent.init({})
+    with pytest.raises(AgentFailure, match="did not answer /init within"):
+        await agent.init(dict)
 
 
 async def test_nobody_listening_is_waited_for_and_given_up() -> None:
     agent = Agent(IPv4Address("127.0.0.1"), "secret", port=1)
 
-    with pytest.raises(AgentFailure, match=r"did not answer within 0\.1 s"):
-        await agent.wait_healthy(0.1)
+    with pytest.raises(AgentFailure, match=r"did not answer /init within 0\.1 s"):
+        await agent.init(dict, within=0.1)
 
 
 async def test_a_log_in_chunks_is_read_whole(answers: Answers) -> None:

@@ -137,6 +137,7 @@ async def test_a_killed_create_returns_nothing_to_the_pool(make_world: Any) -> N
     (waiting,) = world.node.pool.machine_ids
     machine = world.runtime.machines[waiting]
     machine.agent.stall_init.clear()
+    machine.agent.init_reached.clear()
     create = asyncio.create_task(world.create("s2"))
     await machine.agent.init_reached.wait()
 

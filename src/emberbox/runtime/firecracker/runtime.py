@@ -7,7 +7,7 @@ import contextlib
 import ctypes
 import os
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from emberbox.runtime.errors import RuntimeFailure, SavedDamaged
 from emberbox.runtime.firecracker import balloon, guest, jail, snapshots, working_set
 from emberbox.runtime.firecracker.api import Deadlines, Drive, Firecracker, NetworkInterface
 from emberbox.runtime.firecracker.chain import Chain
+from emberbox.runtime.firecracker.copies import Copies
 from emberbox.runtime.firecracker.errors import ApiError, ApiUnreachable, FirecrackerError, JailerError
 from emberbox.runtime.firecracker.jail import SOCKET, Jail, JailerSettings
 from emberbox.runtime.firecracker.machine import NAME, UPPER, MicroVM, buckets
@@ -87,8 +88,10 @@ class FirecrackerRuntime:
         self._trusted = snapshots.Trusted()
         self._spares: dict[str, _Held] = {}
         self._folders: WeakValueDictionary[tuple[int, int], asyncio.Lock] = WeakValueDictionary()
-        self._merging: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
         self._one_merge = asyncio.Semaphore(1)
+        self._one_copy = asyncio.Semaphore(1)
+        self._copies = Copies(settings.machines_dir.with_name("copies"))
         _disable_huge_pages()
 
     @classmethod
@@ -152,6 +155,7 @@ class FirecrackerRuntime:
         note_into = None if working_set.is_known(saved.directory) else saved.directory
         machine = self._machine(spec, held, paused=False, note_into=note_into)
         machine.shorten_soon()
+        self._in_background(self._copy_ahead(), name="copy memory")
         return machine
 
     async def adopt(self, spec: MachineSpec, record: dict[str, Any]) -> MicroVM | None:
@@ -179,13 +183,15 @@ class FirecrackerRuntime:
         return await asyncio.to_thread(self._sweep, keep)
 
     async def forget_layers(self) -> None:
-        """Nothing to do: each machine has its layers in its own jail."""
+        """A template is gone, and with it what its memory was copied for. Layers are in each machine's own jail."""
+        await to_thread_whole(self._copies.prune)
 
     async def close(self) -> None:
         """End background work. Machines run on."""
-        for task in list(self._merging):
+        for task in list(self._background):
             task.cancel()
-        await asyncio.gather(*self._merging, return_exceptions=True)
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await to_thread_whole(self._copies.clear)
 
     # ---- spares ----
 
@@ -208,9 +214,7 @@ class FirecrackerRuntime:
         for piece in manifest.pieces:
             self._trusted.add(saved.directory / piece.name, piece.checksum)
         if len(manifest.pieces) > 1:
-            task = asyncio.create_task(self._merge(saved.directory), name=f"merge {saved.directory.name}")
-            self._merging.add(task)
-            task.add_done_callback(self._merging.discard)
+            self._in_background(self._merge(saved.directory), name=f"merge {saved.directory.name}")
 
     async def _merge(self, folder: Path) -> None:
         """Make the one file that a restore loads, before it is asked for."""
@@ -223,16 +227,31 @@ class FirecrackerRuntime:
                 # Not lost: the pieces are there, and the restore makes it itself.
                 log.warning("microvm.merge_failed", folder=str(folder), reason=str(error))
 
+    async def _copy_ahead(self) -> None:
+        """Make the copies of templates' memory that the next changes are laid over."""
+        await asyncio.sleep(_MERGE_AFTER_SECONDS)
+        try:
+            async with self._one_copy:
+                await to_thread_whole(self._copies.make)
+        except OSError as error:  # not lost: the next one who needs a copy makes it
+            log.warning("microvm.copy_failed", reason=str(error))
+
+    def _in_background(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
     def _prepare(self, folder: Path, chain: Chain) -> tuple[snapshots.Manifest, Path]:
         """Check what was saved and link its memory to the machine's chain; returns also the file to load."""
         manifest = snapshots.read_manifest(folder)
         snapshots.verify(folder, manifest, self._trusted)
-        whole = snapshots.make_whole(folder, manifest.pieces, self._trusted)
+        whole = snapshots.make_whole(folder, manifest.pieces, self._trusted, self._copies)
         chain.begin(manifest.pieces, folder)
+        self._copies.want(chain.path(manifest.pieces[0]))
         return manifest, chain.folder / whole.name
 
     def _make_whole(self, folder: Path) -> None:
-        snapshots.make_whole(folder, snapshots.read_manifest(folder).pieces, self._trusted)
+        snapshots.make_whole(folder, snapshots.read_manifest(folder).pieces, self._trusted, self._copies)
 
     @contextlib.asynccontextmanager
     async def _folder_lock(self, folder: Path) -> AsyncIterator[None]:
@@ -311,6 +330,7 @@ class FirecrackerRuntime:
     # ---- sweeping ----
 
     def _sweep(self, keep: frozenset[str]) -> list[str]:
+        self._copies.clear()
         removed = []
         parent = self.settings.binaries.cgroup_parent
         for machine_id in sorted(jail.machines_with_cgroups(parent) - keep):

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from emberbox.linux import sparse
 from emberbox.runtime.errors import SavedDamaged
+from emberbox.runtime.firecracker.copies import Copies
 
 FORMAT = 1
 STATE = "state"
@@ -183,7 +184,7 @@ def verify(folder: Path, manifest: Manifest, trusted: Trusted) -> None:
         raise SavedDamaged("the saved machine is incomplete: its disk is missing")
 
 
-def make_whole(folder: Path, pieces: tuple[Piece, ...], trusted: Trusted) -> Path:
+def make_whole(folder: Path, pieces: tuple[Piece, ...], trusted: Trusted, copies: Copies) -> Path:
     """Return one file with the memory of all `pieces`, to load a machine from: the only piece, or `WHOLE`.
 
     What is there of the last restore is brought up to date in place when nobody else has it: then the work is what
@@ -201,7 +202,7 @@ def make_whole(folder: Path, pieces: tuple[Piece, ...], trusted: Trusted) -> Pat
             trusted.forget(path)
         else:
             path.unlink(missing_ok=True)
-            sparse.clone(folder / pieces[0].name, path, mode=0o444)
+            copies.provide(folder / pieces[0].name, path)
         for piece in pieces[len(held) if own else 1 :]:
             sparse.overlay(folder / piece.name, path)
     except BaseException:
