@@ -80,6 +80,7 @@ func run(address string) error {
 	}
 	host.SurvivePipes()
 	host.PrepareThreads(12)
+	host.RelaxMonitor()
 	stop, cancel := untilStopped()
 	defer cancel()
 

@@ -10,10 +10,13 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"runtime"
 	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"emberbox/agent/internal/host"
 )
 
 // Reaper reaps children and hands each owner its exit status.
@@ -46,7 +49,10 @@ func Start() *Reaper {
 func (r *Reaper) Fork(path string, argv []string, attr *syscall.ProcAttr) (int, <-chan syscall.WaitStatus, error) {
 	r.starting.RLock()
 	defer r.starting.RUnlock()
+	runtime.LockOSThread()
+	host.OrdinaryTimers()
 	pid, err := syscall.ForkExec(path, argv, attr)
+	runtime.UnlockOSThread()
 	if err != nil {
 		return 0, nil, err
 	}

@@ -3,11 +3,16 @@ package reaper
 import (
 	"context"
 	"errors"
+	"io"
+	"os"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 var shared = sync.OnceValue(Start)
@@ -58,5 +63,28 @@ func TestRun(t *testing.T) {
 	}
 	if _, err := r.Run(context.Background(), "no-such-program-here"); err == nil {
 		t.Error("no error")
+	}
+}
+
+func TestAProgramHasOrdinaryTimersWhateverThreadStartsIt(t *testing.T) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := unix.Prctl(unix.PR_SET_TIMERSLACK, 4_000_000, 0, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Prctl(unix.PR_SET_TIMERSLACK, 50_000, 0, 0, 0) }()
+	read, write, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	argv := []string{"cat", "/proc/self/timerslack_ns"}
+	_, exit, err := shared().Fork("/bin/cat", argv, &syscall.ProcAttr{Files: []uintptr{0, write.Fd(), 2}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = write.Close()
+	<-exit
+	if slack, _ := io.ReadAll(read); string(slack) != "50000\n" {
+		t.Errorf("%q", slack)
 	}
 }
