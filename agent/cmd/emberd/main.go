@@ -104,7 +104,7 @@ func run(address string) error {
 		return err
 	}
 	if tcp, ok := listener.Addr().(*net.TCPAddr); ok {
-		go ports.New(uint16(tcp.Port), log).Run(stop)
+		go ports.New(uint16(tcp.Port), log).Run(stop, reap)
 	}
 	log.Info("agent", "ready", "version", version, "address", listener.Addr().String())
 	failed := make(chan error, 1)

@@ -1,9 +1,10 @@
 // Package ports makes what user programs bind to loopback alone reachable at
 // the machine's own address, where the edge calls.
 //
-// How: the kernel is asked for its listeners every pollEvery (see diag; a look
-// costs some tens of microseconds), and for a port that listens on loopback
-// only, the agent listens on the machine's address and splices both ways.
+// How: while there are programs, the kernel is asked for its listeners every
+// pollEvery (see diag; a look costs some tens of microseconds), and for a port
+// that listens on loopback only, the agent listens on the machine's address
+// and splices both ways.
 //
 // The trade-off: while the agent holds `address:port`, a program that wants
 // `0.0.0.0:port` gets "address in use" until the loopback listener is gone and
@@ -51,8 +52,14 @@ func New(own uint16, log *logs.Log) *Forwarder {
 	return &Forwarder{log: log, own: own, open: map[uint16]*forward{}, addresses: machineAddresses}
 }
 
+// Programs are those whose ports are forwarded.
+type Programs interface {
+	Alone() bool             // there is none
+	Forked() <-chan struct{} // one was started
+}
+
 // Run forwards until the context ends.
-func (f *Forwarder) Run(ctx context.Context) {
+func (f *Forwarder) Run(ctx context.Context, programs Programs) {
 	list, every := listProc, pollProcEvery
 	if d, err := openDiag(); err == nil {
 		defer d.close()
@@ -60,16 +67,35 @@ func (f *Forwarder) Run(ctx context.Context) {
 			list, every = d.list, pollEvery
 		}
 	}
+	f.follow(ctx, programs, list, every)
+}
+
+// follow looks every so often while there are programs.
+func (f *Forwarder) follow(
+	ctx context.Context, programs Programs, list func() ([]netip.AddrPort, error), every time.Duration,
+) {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	defer f.update(nil)
 	for at := time.Now(); ; {
-		// A machine that slept longer than it should was paused or saved: what wakes it goes first.
 		last := at
 		at = time.Now()
+		alone, known := programs.Alone(), false
+		// A machine that slept longer than it should was paused or saved: what wakes it goes first.
 		if at.Sub(last) < away {
 			if found, err := list(); err == nil {
 				f.look(found)
+				known = true
+			}
+		}
+		if alone && known {
+			// Nothing can listen until a program is started, and an idle machine is left in peace.
+			select {
+			case <-programs.Forked():
+				tick.Reset(every)
+				at = time.Now()
+			case <-ctx.Done():
+				return
 			}
 		}
 		select {

@@ -1,11 +1,15 @@
 package ports
 
 import (
+	"context"
 	"io"
 	"net"
 	"net/netip"
 	"slices"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"emberbox/agent/internal/logs"
 )
@@ -116,6 +120,68 @@ func TestAPortThatListensElsewhereIsLeftAlone(t *testing.T) {
 	if len(f.open) != 0 {
 		t.Errorf("forwards %v", f.open)
 	}
+}
+
+// told is what a test says of the programs in the machine.
+type told struct {
+	alone  atomic.Bool
+	forked chan struct{}
+}
+
+func (p *told) Alone() bool             { return p.alone.Load() }
+func (p *told) Forked() <-chan struct{} { return p.forked }
+
+func TestAMachineWithoutProgramsIsLeftInPeace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		looks := 0
+		list := func() ([]netip.AddrPort, error) { looks++; return nil, nil }
+		programs := &told{forked: make(chan struct{}, 1)}
+		programs.alone.Store(true)
+		ctx, cancel := context.WithCancel(t.Context())
+		go New(1, logs.New(nil, "debug")).follow(ctx, programs, list, 100*time.Millisecond)
+
+		time.Sleep(time.Hour)
+		idle := looks
+		programs.alone.Store(false)
+		programs.forked <- struct{}{}
+		time.Sleep(1050 * time.Millisecond)
+		busy := looks - idle
+		programs.alone.Store(true)
+		time.Sleep(time.Hour)
+		after := looks - idle - busy
+		cancel()
+		synctest.Wait()
+
+		if idle != 1 || busy != 10 || after != 1 {
+			t.Errorf("%d looks while idle, %d in a second with a program, %d after it", idle, busy, after)
+		}
+	})
+}
+
+func TestAMachineThatWasAwayDoesNotLookAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		looks := 0
+		list := func() ([]netip.AddrPort, error) {
+			looks++
+			if looks == 1 {
+				time.Sleep(time.Hour) // as a pause: the next tick is long overdue
+			}
+			return nil, nil
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		go New(1, logs.New(nil, "debug")).follow(ctx, &told{}, list, 100*time.Millisecond)
+
+		time.Sleep(time.Hour + 50*time.Millisecond)
+		atOnce := looks
+		time.Sleep(100 * time.Millisecond)
+		later := looks
+		cancel()
+		synctest.Wait()
+
+		if atOnce != 1 || later != 2 {
+			t.Errorf("%d looks at once, %d after a while", atOnce, later)
+		}
+	})
 }
 
 func ask(t *testing.T, at netip.AddrPort, text string) string {

@@ -5,6 +5,7 @@ package reaper
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -28,12 +29,14 @@ type Reaper struct {
 
 	mu    sync.Mutex
 	owned map[int]chan syscall.WaitStatus
+
+	forked chan struct{}
 }
 
 // Start begins reaping. Orphans of this process's descendants come here too,
 // also when it is not PID 1.
 func Start() *Reaper {
-	r := &Reaper{owned: map[int]chan syscall.WaitStatus{}}
+	r := &Reaper{owned: map[int]chan syscall.WaitStatus{}, forked: make(chan struct{}, 1)}
 	_ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 	died := make(chan os.Signal, 1)
 	signal.Notify(died, syscall.SIGCHLD)
@@ -60,7 +63,20 @@ func (r *Reaper) Fork(path string, argv []string, attr *syscall.ProcAttr) (int, 
 	r.mu.Lock()
 	r.owned[pid] = exit
 	r.mu.Unlock()
+	select {
+	case r.forked <- struct{}{}:
+	default: // nobody has looked since the last one
+	}
 	return pid, exit, nil
+}
+
+// Forked receives after a program was started; many at once may be one.
+func (r *Reaper) Forked() <-chan struct{} { return r.forked }
+
+// Alone says that no other program is in the machine, orphans included.
+func (r *Reaper) Alone() bool {
+	err := unix.Waitid(unix.P_ALL, 0, nil, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
+	return errors.Is(err, unix.ECHILD)
 }
 
 // Kill signals a child (negative: its group) only while its pid is certainly

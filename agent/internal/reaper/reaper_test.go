@@ -88,3 +88,31 @@ func TestAProgramHasOrdinaryTimersWhateverThreadStartsIt(t *testing.T) {
 		t.Errorf("%q", slack)
 	}
 }
+
+func TestItKnowsWhetherAnythingRuns(t *testing.T) {
+	r := shared()
+	for len(r.Forked()) > 0 {
+		<-r.Forked()
+	}
+	read, write, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, exit, err := r.Fork("/bin/cat", []string{"cat"}, &syscall.ProcAttr{Files: []uintptr{read.Fd(), 1, 2}})
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	<-r.Forked()
+	if r.Alone() {
+		t.Error("alone with a program")
+	}
+	_ = read.Close()
+	_ = write.Close()
+	<-exit
+	for end := time.Now().Add(10 * time.Second); !r.Alone(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("not alone after it has ended")
+		}
+	}
+}

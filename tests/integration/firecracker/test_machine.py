@@ -350,6 +350,31 @@ async def test_a_machine_saved_twice_is_restored_from_all_its_memory(
     await last.destroy()
 
 
+async def test_what_is_loaded_after_a_save_is_laid_over_a_copy_made_ahead(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
+) -> None:
+    template = await saved_machine(runtime, new_spec("m1"), tmp_path / "template")
+    if sparse.clone(template.upper, tmp_path / "shares"):
+        pytest.skip("the file system of the tests shares blocks: there memory is not copied")
+    source = await runtime.restore(new_spec("m2"), template)
+    copies = tmp_path / "copies"
+    async with asyncio.timeout(60):
+        while not list(copies.glob("*.copy")):
+            await asyncio.sleep(0.05)
+    made = next(copies.glob("*.copy")).stat().st_ino
+    (tmp_path / "fork").mkdir()
+    saved = await source.save(tmp_path / "fork", memory=True)
+
+    fork = await runtime.restore(new_spec("m3"), saved)
+
+    assert await fork.alive()
+    assert (tmp_path / "fork" / snapshots.WHOLE).stat().st_ino == made
+    await fork.destroy()
+    await source.destroy()
+    await runtime.close()
+    assert not copies.exists()
+
+
 async def test_a_machine_saved_many_times_keeps_a_short_chain(
     runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Callable
 from ipaddress import IPv4Address
 from typing import Any
@@ -100,6 +101,31 @@ async def test_nobody_listening_is_waited_for_and_given_up() -> None:
 
     with pytest.raises(AgentFailure, match=r"did not answer /init within 0\.1 s"):
         await agent.init(dict, within=0.1)
+
+
+async def test_what_it_is_told_is_made_when_it_listens() -> None:
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))  # taken, and refused until it listens
+    agent = Agent(IPv4Address("127.0.0.1"), "secret", port=listener.getsockname()[1])
+    made: list[bool] = []
+    up = False
+
+    def body() -> dict[str, Any]:
+        made.append(up)
+        return {}
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+        writer.close()
+
+    telling = asyncio.create_task(agent.init(body, within=30))
+    await asyncio.sleep(0.05)
+    up = True
+    async with await asyncio.start_server(serve, sock=listener):
+        await telling
+
+    assert made == [True]
 
 
 async def test_a_log_in_chunks_is_read_whole(answers: Answers) -> None:
