@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--suite", default="bookworm", help="Debian release of the lab host (default: %(default)s)")
     up.add_argument("--bare", action="store_true", help="do not install the working tree")
     up.add_argument("--memory", type=int, default=MEMORY_MB, metavar="MIB")
-    up.add_argument("--cpus", type=int, default=1, help="two are faster; what keeps them alive is in ADR 22")
+    up.add_argument("--cpus", type=int, default=2, help="what keeps the second one alive is in ADR 22")
     up.add_argument("--deadline", type=float, default=180, metavar="SECONDS")
     up.set_defaults(run=_up)
 
