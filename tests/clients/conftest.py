@@ -18,6 +18,7 @@ import pytest
 from e2b import AsyncSandbox, Sandbox
 
 from tests.clients.support import instance, leaks
+from tests.clients.support.host import Host, host_of
 from tests.clients.support.instance import Emberbox
 from tests.clients.support.raw import Agent, Api
 from tests.clients.support.shared import SharedEmberbox
@@ -107,6 +108,15 @@ def local(emberbox: Emberbox) -> Emberbox:
     return emberbox
 
 
+@pytest.fixture(scope="session")
+def host(emberbox: Emberbox) -> Host:
+    """The host that the Emberbox runs on, to run commands there."""
+    found = host_of(emberbox)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
 @pytest.fixture
 def api(emberbox: Emberbox) -> Iterator[Api]:
     """The REST API without a client's interpretation."""
@@ -188,6 +198,16 @@ def own_emberbox(request: pytest.FixtureRequest) -> Iterator[Emberbox]:
         end_and_count(own, all_killed=False)
 
 
+@pytest.fixture(scope="module")
+def breakable(request: pytest.FixtureRequest) -> Host:
+    """An Emberbox whose processes a test may kill: one of the module's own, or the lab's (there tests run singly)."""
+    in_lab = GIVEN is not None and not isinstance(host_of(GIVEN), str)
+    found = host_of(request.getfixturevalue("emberbox" if in_lab else "own_emberbox"))
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
 @pytest.fixture(scope="session")
 def registries() -> Iterator[tuple[LocalRegistry, ...]]:
     """A registry for everybody and one that asks for a password; none where they cannot run."""
@@ -231,6 +251,15 @@ def builder(building: Emberbox) -> Iterator[Emberbox]:
     """The clients talk to the Emberbox that builds."""
     with _client_environment(building):
         yield building
+
+
+@pytest.fixture
+def breakable_builder(builder: Emberbox) -> Host:
+    """`builder`, whose processes a test may kill; see `breakable`."""
+    found = host_of(builder)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
 
 
 @pytest.fixture

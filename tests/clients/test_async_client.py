@@ -58,7 +58,8 @@ async def test_commands_connect_kill_and_time_out(make_async_sandbox):
 async def test_a_hundred_commands_at_once(make_async_sandbox):
     sandbox = await make_async_sandbox()
 
-    results = await asyncio.gather(*(sandbox.commands.run(f"echo {n}") for n in range(100)))
+    limits = {"timeout": seconds(60), "request_timeout": seconds(60)}
+    results = await asyncio.gather(*(sandbox.commands.run(f"echo {n}", **limits) for n in range(100)))
 
     assert [result.stdout for result in results] == [f"{n}\n" for n in range(100)]
 

@@ -26,9 +26,7 @@ def test_metrics_are_sampled_while_it_runs(sandbox):
 
 def test_work_shows_in_the_metrics(make_sandbox):
     sandbox = make_sandbox()
-    sandbox.commands.run(
-        "timeout 300 sh -c 'while :; do :; done' & head -c 200M /dev/urandom > ~/ballast; wait", background=True
-    )
+    sandbox.commands.run("head -c 150M /dev/zero > ~/ballast; sync; while :; do :; done", background=True, timeout=0)
 
     busy = eventually(
         lambda: [each for each in sandbox.get_metrics() if each.cpu_used_pct > 10 and each.disk_used > 100_000_000],

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import subprocess
-import sys
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 from e2b import Sandbox
 
+from tests.clients.support.host import Host
 from tests.clients.support.timing import eventually, seconds
 from tests.support.networks import Claim
 
@@ -28,49 +28,32 @@ class Target:
     host_side: str
 
 
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
-def target(local) -> Iterator[Target]:
-    if os.geteuid() != 0:
-        pytest.skip("making a network namespace needs root")
+def target(host: Host) -> Iterator[Target]:
     claim = Claim(TARGET_NETWORKS)
     host_side, address = (str(each) for each in claim.network.hosts())
-    name = f"cltest{os.getpid() % 100000}"
-    _ip("netns", "add", name)
+    name = f"clt{os.getpid()}"
+    here, there = f"{name}a", f"{name}b"
+    accept = f"import socket\nserver = socket.create_server(({address!r}, 80))\nwhile True: server.accept()[0].close()"
+    connect = f"import socket; socket.create_connection(({address!r}, 80), 1)"
+    host.run(f"ip netns add {name}")
     try:
-        _ip("link", "add", f"{name}a"[:15], "type", "veth", "peer", "name", f"{name}b"[:15], "netns", name)
-        _ip("addr", "add", f"{host_side}/30", "dev", f"{name}a"[:15])
-        _ip("link", "set", f"{name}a"[:15], "up")
-        _ip("-n", name, "addr", "add", f"{address}/30", "dev", f"{name}b"[:15])
-        _ip("-n", name, "link", "set", f"{name}b"[:15], "up")
-        _ip("-n", name, "link", "set", "lo", "up")
-        _ip("-n", name, "route", "add", "default", "via", host_side)
-        accept = (
-            f"import socket\nserver = socket.create_server(({address!r}, 80))\nwhile True: server.accept()[0].close()"
+        host.run(
+            f"ip link add {here} type veth peer name {there} netns {name}"
+            f" && ip addr add {host_side}/30 dev {here} && ip link set {here} up"
+            f" && ip -n {name} addr add {address}/30 dev {there} && ip -n {name} link set {there} up"
+            f" && ip -n {name} link set lo up && ip -n {name} route add default via {host_side}"
         )
-        server = subprocess.Popen(["ip", "netns", "exec", name, sys.executable, "-c", accept])
-        try:
-            eventually(lambda: _connects_from_here(address), within=90, what="the target listens")
-            yield Target(address, host_side)
-        finally:
-            server.kill()
-            server.wait()
+        host.run(f"ip netns exec {name} setsid python3 -c {shlex.quote(accept)} >/dev/null 2>&1 </dev/null &")
+        eventually(
+            lambda: host.run(f"python3 -c {shlex.quote(connect)} 2>/dev/null && echo yes || true"),
+            within=90,
+            what="the target listens",
+        )
+        yield Target(address, host_side)
     finally:
-        _ip("netns", "del", name)
+        host.run(f"ip netns pids {name} | xargs -r kill; ip netns del {name}")
         claim.release()
-
-
-def _connects_from_here(address: str) -> bool:
-    import socket
-
-    try:
-        socket.create_connection((address, 80), timeout=1).close()
-    except OSError:
-        return False
-    return True
 
 
 def reaches(sandbox: Sandbox, address: str, port: int = 80) -> bool:
@@ -146,19 +129,18 @@ def test_info_shows_the_rules(make_sandbox, emberbox):
     assert network["allow_out"] == ["198.51.100.0/24"]
 
 
-def test_the_host_and_its_networks_are_never_reached(make_sandbox, target, emberbox):
+def test_the_host_and_its_networks_are_never_reached(make_sandbox, target, host):
     sandbox = make_sandbox(network={"allow_out": ["0.0.0.0/0"]})
     gateway = sandbox.commands.run("ip route 2>/dev/null | awk '/default/ {print $3}' || true").stdout.strip()
-    api_port = int(emberbox.api_url.rsplit(":", 1)[1])
 
-    assert not reaches(sandbox, target.host_side, api_port)
+    assert not reaches(sandbox, target.host_side, host.api_port)
     assert not reaches(sandbox, "169.254.169.254")
-    assert not reaches(sandbox, "127.0.0.1", api_port)
-    for port in (api_port, 22):
+    assert not reaches(sandbox, "127.0.0.1", host.api_port)
+    for port in (host.api_port, 22):
         assert not gateway or not reaches(sandbox, gateway, port)
 
 
-def test_sandboxes_do_not_reach_each_other(make_sandbox, local):
+def test_sandboxes_do_not_reach_each_other(make_sandbox):
     one, two = make_sandbox(), make_sandbox()
     two.commands.run("exec python3 -m http.server 8000 --bind 0.0.0.0", background=True, timeout=0)
     addresses = two.commands.run("hostname -I || true").stdout.split()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import signal
 
 import httpx
@@ -11,6 +10,7 @@ import pytest
 from e2b import Sandbox, SandboxNotFoundException, SandboxState, ServiceBusyException
 
 from tests.clients.support import servers
+from tests.clients.support.host import Host
 from tests.clients.support.instance import Emberbox
 from tests.clients.support.raw import host_request
 from tests.clients.support.timing import eventually, seconds, whole_seconds
@@ -18,18 +18,14 @@ from tests.clients.support.timing import eventually, seconds, whole_seconds
 pytestmark = [pytest.mark.timeout(seconds(1800)), pytest.mark.xdist_group("survival")]
 
 
-def _pids(emberbox: Emberbox) -> dict[str, int]:
-    return {each["name"]: each["pid"] for each in emberbox.status()["processes"]}
-
-
-def _kill_and_wait(emberbox: Emberbox, name: str) -> None:
-    before = _pids(emberbox)[name]
-    os.kill(before, signal.SIGKILL)
+def _kill_and_wait(host: Host, name: str) -> None:
+    before = host.pids()[name]
+    host.kill(before)
     eventually(
-        lambda: (after := _pids(emberbox).get(name)) and after != before and after, within=90, every=0.2,
+        lambda: (after := host.pids().get(name)) and after != before and after, within=90, every=0.2,
         what=f"{name} is started again",
     )  # fmt: skip
-    eventually(lambda: _healthy(emberbox), within=90, every=0.2, what="the API answers")
+    eventually(lambda: _healthy(host.emberbox), within=90, every=0.2, what="the API answers")
 
 
 def _healthy(emberbox: Emberbox) -> bool:
@@ -39,7 +35,7 @@ def _healthy(emberbox: Emberbox) -> bool:
         return False
 
 
-def test_sandboxes_survive_the_death_of_every_part(own_emberbox):
+def test_sandboxes_survive_the_death_of_every_part(breakable):
     running = Sandbox.create(timeout=3600, metadata={"kept": "yes"}, envs={"KEPT": "yes"})
     servers.serve(running, 8000)
     counting = running.commands.run(
@@ -51,12 +47,12 @@ def test_sandboxes_survive_the_death_of_every_part(own_emberbox):
     deadline = running.get_info().end_at
 
     for name in ("api", "node", "edge"):
-        _kill_and_wait(own_emberbox, name)
+        _kill_and_wait(breakable, name)
 
         eventually(lambda: _answers(running), within=90, what=f"the sandbox answers after {name} died")
         assert running.commands.run("echo $KEPT").stdout == "yes\n", name
         assert counting.pid in [each.pid for each in running.commands.list()], name
-        assert host_request(own_emberbox, running.get_host(8000)).status_code == 200, name
+        assert host_request(breakable.emberbox, running.get_host(8000)).status_code == 200, name
         info = running.get_info()
         assert info.state == SandboxState.RUNNING, name
         assert info.metadata == {"kept": "yes"}, name
@@ -71,30 +67,30 @@ def test_sandboxes_survive_the_death_of_every_part(own_emberbox):
     assert paused.kill() is True
 
 
-def test_the_kernel_of_the_edge_haproxy_dies_and_routes_come_back(own_emberbox):
+def test_the_kernel_of_the_edge_haproxy_dies_and_routes_come_back(breakable):
     sandbox = Sandbox.create(timeout=3600)
     servers.serve(sandbox, 8000)
-    proxies = _children_named("haproxy", own_emberbox)
+    proxies = breakable.proxies()
     assert proxies, "no haproxy of this instance found"
 
     for pid in proxies:
-        os.kill(pid, signal.SIGKILL)
+        breakable.kill(pid)
 
-    eventually(lambda: _status(own_emberbox, sandbox) == 200, within=90, every=0.2, what="the route is back")
+    eventually(lambda: _status(breakable.emberbox, sandbox) == 200, within=90, every=0.2, what="the route is back")
     assert sandbox.commands.run("echo ok").stdout == "ok\n"
     sandbox.kill()
 
 
-def test_a_deadline_passes_while_the_api_is_dead(own_emberbox):
-    supervisor_would_restart = _pids(own_emberbox)["api"]
+def test_a_deadline_passes_while_the_api_is_dead(breakable):
+    supervisor_would_restart = breakable.pids()["api"]
     sandbox = Sandbox.create(timeout=whole_seconds(6))
 
     # Stopped, not killed: the supervisor sees a living process and leaves it.
-    os.kill(supervisor_would_restart, signal.SIGSTOP)
+    breakable.kill(supervisor_would_restart, signal.SIGSTOP)
     try:
         eventually(lambda: not _answers(sandbox), within=90, every=0.3, what="the node ends it by itself")
     finally:
-        os.kill(supervisor_would_restart, signal.SIGCONT)
+        breakable.kill(supervisor_would_restart, signal.SIGCONT)
 
     def gone() -> bool:
         try:
@@ -106,15 +102,15 @@ def test_a_deadline_passes_while_the_api_is_dead(own_emberbox):
     eventually(gone, within=90, every=0.2, what="the API learns of it")
 
 
-def test_a_restart_of_everything_keeps_sandboxes_and_deadlines(own_emberbox):
+def test_a_restart_of_everything_keeps_sandboxes_and_deadlines(breakable):
     sandbox = Sandbox.create(timeout=3600)
     sandbox.files.write("kept.txt", "kept")
     before = sandbox.get_info().end_at
 
-    pids = _pids(own_emberbox)
+    pids = breakable.pids()
     for name in ("api", "node", "edge"):
-        os.kill(pids[name], signal.SIGKILL)
-    eventually(lambda: _healthy(own_emberbox), within=180, every=0.3, what="the API is back")
+        breakable.kill(pids[name])
+    eventually(lambda: _healthy(breakable.emberbox), within=180, every=0.3, what="the API is back")
     eventually(lambda: _answers(sandbox), within=90, every=0.3, what="the sandbox answers")
 
     assert sandbox.files.read("kept.txt") == "kept"
@@ -142,18 +138,3 @@ def _status(emberbox: Emberbox, sandbox: Sandbox) -> int:
         return host_request(emberbox, sandbox.get_host(8000)).status_code
     except httpx.HTTPError:
         return 0
-
-
-def _children_named(name: str, emberbox: Emberbox) -> list[int]:
-    found = []
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
-            continue
-        try:
-            with open(f"/proc/{entry.name}/cmdline", "rb") as file:
-                command = file.read().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if name in command.split(" ", 1)[0] and (emberbox.data_dir or "?") in command:
-            found.append(int(entry.name))
-    return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 import uuid
 
@@ -20,22 +18,18 @@ SLOWLY = "for n in $(seq 60); do echo line-$n; sleep 0.2; done; echo done > ~/do
 
 
 @pytest.fixture
-def name(local_builder):
+def name(builder):
     chosen = f"s-{uuid.uuid4().hex[:12]}"
     yield chosen
-    with Api(local_builder) as api:
+    with Api(builder) as api:
         api.delete(f"/templates/{chosen}")
 
 
-def kill(emberbox, process, before):
+def kill(host, process, before):
     """Kill a process, of which `before` is the pid: asking for that takes as long as some builds."""
-    os.kill(before, signal.SIGKILL)
-    eventually(lambda: _pids(emberbox).get(process, before) != before, within=180, every=0.2, what=f"{process} is back")
-    eventually(lambda: _healthy(emberbox), within=180, every=0.2, what="the API answers")
-
-
-def _pids(emberbox):
-    return {each["name"]: each["pid"] for each in emberbox.status()["processes"]}
+    host.kill(before)
+    eventually(lambda: host.pids().get(process, before) != before, within=180, every=0.2, what=f"{process} is back")
+    eventually(lambda: _healthy(host.emberbox), within=180, every=0.2, what="the API answers")
 
 
 def _healthy(emberbox):
@@ -64,12 +58,12 @@ def finished(info):
     return status, [entry.message for entry in entries]
 
 
-def test_a_build_outlives_the_api_and_its_log_is_whole(local_builder, name):
-    pids = _pids(local_builder)
+def test_a_build_outlives_the_api_and_its_log_is_whole(breakable_builder, name):
+    pids = breakable_builder.pids()
     info = Template.build_in_background(Template().from_template("base").run_cmd(SLOWLY), name)
     begun(info)
 
-    kill(local_builder, "api", pids["api"])
+    kill(breakable_builder, "api", pids["api"])
     status, log = finished(info)
     sandbox = Sandbox.create(name, timeout=whole_seconds(600))
     content = sandbox.commands.run("cat ~/done").stdout
@@ -80,13 +74,13 @@ def test_a_build_outlives_the_api_and_its_log_is_whole(local_builder, name):
     assert content == "done\n"
 
 
-def test_a_build_whose_node_is_killed_fails_clearly_and_works_the_next_time(local_builder, name):
+def test_a_build_whose_node_is_killed_fails_clearly_and_works_the_next_time(breakable_builder, name):
     template = Template().from_template("base").run_cmd("echo first > ~/first").run_cmd(SLOWLY)
-    pids = _pids(local_builder)
+    pids = breakable_builder.pids()
     info = Template.build_in_background(template, name)
     begun(info)
 
-    kill(local_builder, "node", pids["node"])
+    kill(breakable_builder, "node", pids["node"])
     status, _ = finished(info)
     Template.build(template, name)
 
