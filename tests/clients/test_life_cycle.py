@@ -390,7 +390,7 @@ def test_a_fork_copies_the_files_and_leaves_the_original(make_sandbox):
     sandbox = make_sandbox(envs={"KEPT": "yes"})
     sandbox.files.write("file.txt", "forked")
 
-    forks = sandbox.fork(count=2)
+    forks = sandbox.fork(count=2, timeout=whole_seconds(300))
     contents = [fork.files.read("file.txt") for fork in forks]
     environment = [fork.commands.run("echo $KEPT").stdout for fork in forks]
     forks[0].files.write("file.txt", "mine")
