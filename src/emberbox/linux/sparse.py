@@ -55,6 +55,15 @@ def overlay(changes: Path, onto: Path) -> int:
         return _copy_data(reader.fileno(), writer.fileno())
 
 
+def flush(path: Path) -> None:
+    """Return when the file's data is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def data_ranges(path: Path) -> Iterator[tuple[int, int]]:
     """Yield (offset, length) of what is not a hole, in order."""
     with path.open("rb") as reader:

@@ -78,6 +78,8 @@ class Copies:
             work.unlink(missing_ok=True)
             with _giving_way():
                 shared = sparse.clone(self._source(key), work, mode=0o444)
+                # Nothing depends on it, but a save's own flush would have to wait for this one on a journalling disk.
+                sparse.flush(work)
             if shared:
                 self._needless = True
                 self.clear()

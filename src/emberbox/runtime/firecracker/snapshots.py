@@ -58,7 +58,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Put the manifest in place in one step, after all it names is safely on the disk."""
         for name in (STATE, UPPER, *(piece.name for piece in self.pieces)):
-            _sync(folder / name)
+            sparse.flush(folder / name)
         replace_file(folder / _MANIFEST, json.dumps(asdict(self), indent=1).encode())
 
 
@@ -254,14 +254,6 @@ def _mark(path: Path) -> tuple[int, int, int] | None:
     except FileNotFoundError:
         return None
     return (facts.st_dev, facts.st_ino, facts.st_mtime_ns)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fdatasync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def replace_file(path: Path, data: bytes) -> None:
