@@ -93,6 +93,11 @@ def build() -> Path:
     return binary
 
 
+_CLAIMS: list[Claim] = []
+"""Never given back, nor let go: clients keep connections by address, and one to an earlier machine would be used for its
+successor."""
+
+
 class AgentMachine:
     """One machine; use it as a context manager. `url` is the agent's address seen from the host."""
 
@@ -101,10 +106,9 @@ class AgentMachine:
         tag = secrets.token_hex(3)
         self.netns = f"agt{tag}"
         self._veth = f"agt{tag}h"
-        # Never given back: clients keep connections by address, and one to an earlier machine would be used for its
-        # successor.
-        self._claim = Claim(AGENTS)
-        self._host_ip, self.ip = (str(address) for address in self._claim.network)
+        claim = Claim(AGENTS)
+        _CLAIMS.append(claim)
+        self._host_ip, self.ip = (str(address) for address in claim.network)
         self.url = f"http://{self.ip}:{PORT}"
         self._dir = Path(tempfile.mkdtemp(prefix="agent-machine-"))
         self._log = self._dir.parent / f"{self._dir.name}.log"
