@@ -94,8 +94,8 @@ def build() -> Path:
 
 
 _CLAIMS: list[Claim] = []
-"""Never given back, nor let go: clients keep connections by address, and one to an earlier machine would be used for its
-successor."""
+"""Never given back, nor let go: clients keep connections by address, and one to an earlier machine would be used for
+its successor."""
 
 
 class AgentMachine:
