@@ -111,6 +111,10 @@ def local(emberbox: Emberbox) -> Emberbox:
 @pytest.fixture(scope="session")
 def host(emberbox: Emberbox) -> Host:
     """The host that the Emberbox runs on, to run commands there."""
+    return _host_of(emberbox)
+
+
+def _host_of(emberbox: Emberbox) -> Host:
     found = host_of(emberbox)
     if isinstance(found, str):
         pytest.skip(found)
@@ -202,10 +206,7 @@ def own_emberbox(request: pytest.FixtureRequest) -> Iterator[Emberbox]:
 def breakable(request: pytest.FixtureRequest) -> Host:
     """An Emberbox whose processes a test may kill: one of the module's own, or the lab's (there tests run singly)."""
     in_lab = GIVEN is not None and not isinstance(host_of(GIVEN), str)
-    found = host_of(request.getfixturevalue("emberbox" if in_lab else "own_emberbox"))
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
+    return _host_of(request.getfixturevalue("emberbox" if in_lab else "own_emberbox"))
 
 
 @pytest.fixture(scope="session")
@@ -256,10 +257,7 @@ def builder(building: Emberbox) -> Iterator[Emberbox]:
 @pytest.fixture
 def breakable_builder(builder: Emberbox) -> Host:
     """`builder`, whose processes a test may kill; see `breakable`."""
-    found = host_of(builder)
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
+    return _host_of(builder)
 
 
 @pytest.fixture

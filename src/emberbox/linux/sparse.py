@@ -18,7 +18,7 @@ from pathlib import Path
 _FICLONE = 0x40049409  # _IOW(0x94, 9, int), linux/fs.h
 _CHUNK = 4 * 1024 * 1024
 _READ = 256 * 1024
-"""Of a file that is only looked at: stays in the processor's cache."""
+"""Of a file that is only looked at: stays in the processor's cache. A multiple of `_HOLE`."""
 _HOLE = 64 * 1024
 """Smallest hole that is dug: more and smaller ones cost each clone and checksum a few system calls apiece."""
 _ZEROS = bytes(_HOLE)
@@ -76,15 +76,12 @@ def checksum(path: Path) -> str:
     It finds damage, not forgery: CRC-32 over every range that is not a hole, with its offset.
     """
     value = 0
-    buffer = memoryview(bytearray(_READ))
     with path.open("rb") as reader:
         descriptor = reader.fileno()
         for offset, length in _ranges(descriptor):
             value = zlib.crc32(b"%d+%d" % (offset, length), value)
-            position, end = offset, offset + length
-            while position < end and (got := os.preadv(descriptor, [buffer[: end - position]], position)):
-                value = zlib.crc32(buffer[:got], value)
-                position += got
+            for block in _blocks(descriptor, offset, offset + length):
+                value = zlib.crc32(block, value)
         size = os.fstat(descriptor).st_size
     return f"crc32:{size}:{value:08x}"
 
@@ -121,7 +118,7 @@ def _zero_runs(descriptor: int, position: int, end: int) -> Iterator[tuple[int, 
     began: int | None = None
     for block in _blocks(descriptor, position, end):
         for at in range(0, len(block), _HOLE):
-            part = block[at : at + _HOLE]
+            part = bytes(block[at : at + _HOLE])
             zeros = part == _ZEROS or part == _ZEROS[: len(part)]
             if zeros and began is None:
                 began = position + at
@@ -133,14 +130,12 @@ def _zero_runs(descriptor: int, position: int, end: int) -> Iterator[tuple[int, 
         yield began, position
 
 
-def _blocks(descriptor: int, position: int, end: int) -> Iterator[bytes]:
-    """Yield the bytes from `position` to `end`, or to the end of the file, in pieces."""
-    while position < end:
-        block = os.pread(descriptor, min(_CHUNK, end - position), position)
-        if not block:
-            break
-        yield block
-        position += len(block)
+def _blocks(descriptor: int, position: int, end: int) -> Iterator[memoryview]:
+    """Yield the bytes from `position` to `end`, or to the end of the file, in pieces; each until the next is read."""
+    buffer = memoryview(bytearray(min(_READ, end - position)))
+    while position < end and (got := os.preadv(descriptor, [buffer[: end - position]], position)):
+        yield buffer[:got]
+        position += got
 
 
 def _reflink(reader: int, writer: int) -> bool:

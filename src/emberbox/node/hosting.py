@@ -11,16 +11,16 @@ import contextlib
 import hashlib
 import secrets
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import structlog
 
 from emberbox.node.agent import Agent
 from emberbox.node.errors import AgentFailure, NodeError, WrongState
 from emberbox.node.files import remove_file, remove_tree
+from emberbox.node.identity import Introduction
 from emberbox.node.model import OPEN_NETWORK, Image, Network
 from emberbox.node.tasks import finish
 from emberbox.runtime.base import Limits, Machine, MachineSpec, Rates, Runtime, Saved, Slot, new_machine_id
@@ -109,16 +109,6 @@ class Origin:
     saved: Saved | None = None
     saved_secret: str = ""
     upper: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Introduction:
-    """What a machine is told of itself, once it answers."""
-
-    make_body: Callable[[], dict[str, Any]]
-    """See `identity`."""
-    new_secret: bool = False
-    """Give it a control secret of its own: one restored from memory has one that others share."""
 
 
 @dataclass(slots=True)

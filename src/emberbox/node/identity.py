@@ -1,9 +1,11 @@
-"""What `/init` tells an agent about the sandbox it serves. Made when it is sent, for the time is in it."""
+"""What `/init` tells an agent about the sandbox it serves."""
 
 from __future__ import annotations
 
 import base64
 import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,13 +16,32 @@ from emberbox.runtime.base import MIB, Limits
 _ENTROPY_BYTES = 64
 
 
-def first(record: SandboxRecord) -> dict[str, Any]:
-    """The body for a machine that becomes a new sandbox: everything, with an identity nobody else has."""
-    return {**again(record), "machineId": secrets.token_hex(16)}
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """What a machine is told of itself, once it answers."""
+
+    make_body: Callable[[], dict[str, Any]]
+    """Called when it is sent, for the time is in it."""
+    new_secret: bool = False
+    """Give it a control secret of its own: one restored from memory has one that others share."""
 
 
-def again(record: SandboxRecord) -> dict[str, Any]:
-    """The body for a sandbox that goes on: everything but a new machine ID."""
+def first(record: SandboxRecord, *, new_secret: bool) -> Introduction:
+    """For a machine that becomes a new sandbox: everything, with an identity nobody else has."""
+    return Introduction(lambda: {**_known(record), "machineId": secrets.token_hex(16)}, new_secret)
+
+
+def again(record: SandboxRecord) -> Introduction:
+    """For a sandbox that goes on: everything but a new machine ID."""
+    return Introduction(lambda: _known(record))
+
+
+def unclaimed(image: Image, limits: Limits) -> Introduction:
+    """For a machine that is nobody's yet, so that its template's commands run as they should."""
+    return Introduction(lambda: {**_common(image, limits), "envVars": dict(image.env_vars), "accessToken": ""})
+
+
+def _known(record: SandboxRecord) -> dict[str, Any]:
     return {
         **_common(record.image, record.limits),
         "envVars": {**record.image.env_vars, **record.env_vars},
@@ -29,11 +50,6 @@ def again(record: SandboxRecord) -> dict[str, Any]:
         "templateID": record.template_id,
         "teamID": record.team_id,
     }
-
-
-def unclaimed(image: Image, limits: Limits) -> dict[str, Any]:
-    """The body for a machine that is nobody's yet, so that its template's commands run as they should."""
-    return {**_common(image, limits), "envVars": dict(image.env_vars), "accessToken": ""}
 
 
 def _common(image: Image, limits: Limits) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from emberbox.node.deadlines import Deadlines
 from emberbox.node.errors import AgentFailure, AlreadyHere, Interrupted, NodeError, NodeFull, NoSuchSandbox, WrongState
 from emberbox.node.events import Events
 from emberbox.node.files import remove_file, remove_tree
-from emberbox.node.hosting import Hosted, Hosting, Introduction
+from emberbox.node.hosting import Hosted, Hosting
 from emberbox.node.logs import SandboxLogs
 from emberbox.node.model import (
     OPEN_NETWORK,
@@ -243,9 +243,8 @@ class Machines:
             )
         )
 
-    def _first_introduction(self, record: SandboxRecord) -> Introduction:
-        shared = self.hosting.runtime.capabilities.memory_snapshots
-        return Introduction(lambda: identity.first(record), new_secret=shared)
+    def _first_introduction(self, record: SandboxRecord) -> identity.Introduction:
+        return identity.first(record, new_secret=self.hosting.runtime.capabilities.memory_snapshots)
 
     async def with_room(self, start: Callable[[], Awaitable[Hosted]]) -> Hosted:
         """Start a machine; those that wait in the pool give way when the node is full."""

@@ -19,7 +19,7 @@ import structlog
 from emberbox.node import identity
 from emberbox.node.errors import AgentFailure
 from emberbox.node.files import remove_tree
-from emberbox.node.hosting import Hosted, Introduction
+from emberbox.node.hosting import Hosted
 from emberbox.node.model import State, Status, TimeoutAction, now_ms
 from emberbox.node.records import SandboxRecord, SavedFacts
 from emberbox.node.sandbox import Sandbox
@@ -165,7 +165,7 @@ class Pausing:
         assert hosted is not None
         try:
             await hosted.machine.resume()
-            await self._hosting.introduce(hosted, _going_on(running))
+            await self._hosting.introduce(hosted, identity.again(running))
         except (RuntimeFailure, AgentFailure) as error:
             if await hosted.machine.alive():
                 await finish(self._freeze_again(hosted))
@@ -203,7 +203,7 @@ class Pausing:
             lambda: self._machines.preparing.machine(
                 running.image,
                 running.limits,
-                _going_on(running),
+                identity.again(running),
                 saved=saved,
                 saved_secret=secret,
                 network=running.network,
@@ -223,7 +223,12 @@ class Pausing:
         saved = running.saved.within(self._hosting.uppers_dir)
         hosted = await self._machines.with_room(
             lambda: self._machines.preparing.machine(
-                running.image, running.limits, _going_on(running), saved=saved, upper=upper, network=running.network
+                running.image,
+                running.limits,
+                identity.again(running),
+                saved=saved,
+                upper=upper,
+                network=running.network,
             )
         )
         await finish(self._settle_running(sandbox, hosted, running, used_up=None))
@@ -252,7 +257,3 @@ class Pausing:
         files = self._files_of(hosted)
         await self._machines.store(sandbox, replace(record, memory_kept=False, machine=None, saved=files))
         await self._leave_machine(sandbox, hosted, keep_upper=True)
-
-
-def _going_on(record: SandboxRecord) -> Introduction:
-    return Introduction(lambda: identity.again(record))

@@ -17,7 +17,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from emberbox.node import identity
 from emberbox.node.errors import NodeError
-from emberbox.node.hosting import Hosted, Hosting, Introduction, Origin
+from emberbox.node.hosting import Hosted, Hosting, Origin
+from emberbox.node.identity import Introduction
 from emberbox.node.model import OPEN_NETWORK, Image, Network
 from emberbox.node.pool import PoolKey
 from emberbox.node.records import SavedFacts, write_file
@@ -54,7 +55,7 @@ class Preparing:
         """Bring up a machine for the pool."""
         if self._remembers:
             await asyncio.shield(self._make_soon(PoolKey.of(image, limits), image, limits))
-        hosted = await self.machine(image, limits, _unclaimed(image, limits), background=self.waits_paused)
+        hosted = await self.machine(image, limits, identity.unclaimed(image, limits), background=self.waits_paused)
         if self.waits_paused:
             try:
                 # A restored machine's memory comes page by page as it is touched: what a claim and a first command
@@ -101,7 +102,7 @@ class Preparing:
         remembers = saved is not None and saved.memory
         if remembers or not (image.start_command or image.ready_command):
             return await self._start(origin, limits, introduction, network, background)
-        hosted = await self._start(origin, limits, _unclaimed(image, limits), network, background)
+        hosted = await self._start(origin, limits, identity.unclaimed(image, limits), network, background)
         try:
             await self._hosting.run_template_commands(hosted, image)
             return await self._hosting.introduce(hosted, introduction)
@@ -169,7 +170,7 @@ class Preparing:
         directory = self._directory / str(key)
         if await asyncio.to_thread((directory / _META).exists):
             return
-        hosted = await self._start(Origin(image.layers), limits, _unclaimed(image, limits))
+        hosted = await self._start(Origin(image.layers), limits, identity.unclaimed(image, limits))
         try:
             await self._hosting.run_template_commands(hosted, image)
             await self._hosting.rehearse(hosted, image)
@@ -200,10 +201,6 @@ class Preparing:
 
     async def close(self) -> None:
         await self._tasks.close()
-
-
-def _unclaimed(image: Image, limits: Limits) -> Introduction:
-    return Introduction(lambda: identity.unclaimed(image, limits))
 
 
 def _fresh_directory(path: Path) -> None:

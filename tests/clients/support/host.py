@@ -12,9 +12,8 @@ from typing import Any
 from tests.clients.support.instance import Emberbox
 from tests.clients.support.timing import seconds
 from tests.lab.host import Lab
-from tests.lab.lab import IN_EMBERBOX
+from tests.lab.lab import API_PORT, IN_EMBERBOX
 
-_LAB_API_PORT = 3000
 _LAB_DATA_DIR = "/var/lib/emberbox"
 
 
@@ -63,6 +62,6 @@ def host_of(emberbox: Emberbox) -> Host | str:
         return Host(emberbox, port, emberbox.data_dir) if os.geteuid() == 0 else "needs root"
     lab = Lab()
     boot = lab.running()
-    if boot is not None and boot.ports.get(str(_LAB_API_PORT)) == port:
-        return Host(emberbox, _LAB_API_PORT, _LAB_DATA_DIR, lab)
+    if boot is not None and boot.ports.get(str(API_PORT)) == port:
+        return Host(emberbox, API_PORT, _LAB_DATA_DIR, lab)
     return "needs an Emberbox on this host that the tests started, or the lab's; this one was given by E2B_API_URL"

@@ -14,7 +14,7 @@ from emberbox.node.agent import ProcessEnd
 from emberbox.node.building.journal import LineCutter
 from emberbox.node.building.model import StepFailed
 from emberbox.node.errors import AgentFailure
-from emberbox.node.hosting import Hosted, Hosting, Introduction, Origin
+from emberbox.node.hosting import Hosted, Hosting, Origin
 from emberbox.node.model import Image
 from emberbox.node.tasks import finish
 from emberbox.runtime.base import Limits, Saved
@@ -169,7 +169,7 @@ async def build_machine(
     saved = None
     if upper is not None:
         saved = Saved(runtime=hosting.runtime.name, directory=upper.parent, upper=upper, memory=False)
-    introduction = Introduction(lambda: identity.unclaimed(image, limits))
+    introduction = identity.unclaimed(image, limits)
     hosted = await hosting.start(Origin(image.layers, saved), limits, hostname="sandbox", introduction=introduction)
     try:
         yield BuildMachine(hosting, hosted)
