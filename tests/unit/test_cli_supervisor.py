@@ -51,6 +51,11 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.02)
 
 
+async def start(supervisor: Supervisor, *, deadline: float = 120) -> None:
+    supervisor.begin()
+    await supervisor.ready(deadline=deadline)
+
+
 @pytest.fixture
 def seen() -> Seen:
     return Seen()
@@ -59,7 +64,7 @@ def seen() -> Seen:
 @pytest.fixture
 async def pair(tmp_path: Path, seen: Seen) -> AsyncIterator[Supervisor]:
     supervisor = Supervisor([a_role(tmp_path, "first"), a_role(tmp_path, "second")], changed=seen)
-    await supervisor.start(deadline=120)
+    await start(supervisor)
     yield supervisor
     await supervisor.stop()
 
@@ -84,11 +89,24 @@ async def test_roles_stop_in_the_reverse_order_of_their_start(pair: Supervisor, 
     assert seen.processes == []
 
 
+async def test_a_role_that_fails_before_the_last_has_begun_fails_the_start(tmp_path: Path, seen: Seen) -> None:
+    supervisor = Supervisor([Role("lost", ["/nothing"], {}, tmp_path / "log", lambda: False), a_role(tmp_path, "late")],
+                            changed=seen)  # fmt: skip
+    supervisor.begin("lost")
+    await asyncio.sleep(0.2)
+    supervisor.begin("late")
+
+    with pytest.raises(RoleFailed, match="lost cannot be started"):
+        await supervisor.ready(deadline=120)
+
+    assert seen.processes == []
+
+
 async def test_a_role_that_ends_again_and_again_fails_the_start_with_its_last_words(tmp_path: Path, seen: Seen) -> None:
     roles = [a_role(tmp_path, "good"), a_role(tmp_path, "bad", "echo no database >&2; exit 3")]
 
     with pytest.raises(RoleFailed, match=r"(?s)bad does not start \(exit code 3\).*no database") as failure:
-        await Supervisor(roles, changed=seen).start(deadline=120)
+        await start(Supervisor(roles, changed=seen))
 
     assert str(roles[1].log) in failure.value.message
     assert seen.processes == []
@@ -99,7 +117,7 @@ async def test_a_role_that_never_answers_fails_the_start(tmp_path: Path, seen: S
     mute = a_role(tmp_path, "mute", "exec sleep 60")
 
     with pytest.raises(RoleFailed, match="mute did not answer"):
-        await Supervisor([mute], changed=seen).start(deadline=0.3)
+        await start(Supervisor([mute], changed=seen), deadline=0.3)
 
     assert seen.processes == []
 
@@ -108,13 +126,13 @@ async def test_a_program_that_does_not_exist_fails_the_start(tmp_path: Path, see
     role = Role("lost", [str(tmp_path / "nothing")], {}, tmp_path / "lost.log", lambda: False)
 
     with pytest.raises(RoleFailed, match="lost cannot be started"):
-        await Supervisor([role], changed=seen).start(deadline=120)
+        await start(Supervisor([role], changed=seen))
 
 
 async def test_a_role_that_ignores_sigterm_is_killed(tmp_path: Path, seen: Seen) -> None:
     stubborn = a_role(tmp_path, "stubborn", "trap '' TERM; touch {dir}/{name}.up; while :; do sleep 0.05; done")
     supervisor = Supervisor([stubborn], changed=seen, stop_grace=0.2)
-    await supervisor.start(deadline=120)
+    await start(supervisor)
     process = seen.processes[0].process
 
     await supervisor.stop()

@@ -10,7 +10,6 @@ import sys
 from typing import Any
 
 import httpx
-from sqlalchemy import make_url
 
 from emberbox.cli import launch
 from emberbox.cli.errors import CliError
@@ -49,7 +48,6 @@ def _control(settings: Settings, *arguments: str) -> dict[str, Any]:
         [sys.executable, "-P", *arguments],
         writable=[settings.api_dir, settings.run_dir],
     )
-    store = make_url(settings.store_url).render_as_string(hide_password=True)
     seconds = CONTROL_SECONDS * settings.time_scale
     try:
         done = subprocess.run(
@@ -61,12 +59,19 @@ def _control(settings: Settings, *arguments: str) -> dict[str, Any]:
             timeout=seconds,
         )
     except subprocess.TimeoutExpired:
-        raise CliError(f"preparing the database {store} took longer than {seconds:.0f} s") from None
+        raise CliError(f"preparing the database {_store(settings)} took longer than {seconds:.0f} s") from None
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"code {done.returncode}"]
-        raise CliError(f"the database {store} could not be prepared: {last[0]}")
+        raise CliError(f"the database {_store(settings)} could not be prepared: {last[0]}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
+
+
+def _store(settings: Settings) -> str:
+    """Its URL without the password."""
+    from sqlalchemy import make_url  # a fifth of a second that only a failure is worth
+
+    return make_url(settings.store_url).render_as_string(hide_password=True)
 
 
 async def ensure_base(settings: Settings, reporter: Reporter) -> None:

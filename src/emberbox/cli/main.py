@@ -119,7 +119,6 @@ def up(
     ] = None,
     user: Annotated[str | None, typer.Option(help="Unprivileged user of api and edge [default: emberbox].")] = None,
     log_level: Annotated[Literal["debug", "info", "warning", "error"] | None, typer.Option()] = None,
-    report_to: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Start Emberbox and keep it running; Ctrl-C stops it and leaves its sandboxes for the next `up`."""
     from emberbox.cli import up as command
@@ -144,7 +143,7 @@ def up(
     if detach:
         command.up_in_background(settings)
     else:
-        command.up_in_foreground(settings, report_to=report_to)
+        command.up_in_foreground(settings)
 
 
 @app.command()

@@ -70,8 +70,17 @@ class Supervisor:
     def processes(self) -> list[RoleProcess]:
         return [RoleProcess(s.role.name, s.ref, s.restarts) for s in self._supervised if s.ref is not None]
 
-    async def start(self, *, deadline: float) -> None:
-        """Start every role and wait until all of them answer.
+    def begin(self, *names: str) -> None:
+        """Start these roles, or all, and keep them running from now on; `ready` says how it went."""
+        if self._failure is None:
+            self._failure = asyncio.get_running_loop().create_future()
+            self._rotation = asyncio.create_task(self._rotate_logs(), name="log-rotation")
+        for one in self._supervised:
+            if not names or one.role.name in names:
+                one.task = asyncio.create_task(self._keep_running(one), name=f"role-{one.role.name}")
+
+    async def ready(self, *, deadline: float) -> None:
+        """Wait until every role answers. All must have begun.
 
         Args:
             deadline: seconds.
@@ -79,10 +88,7 @@ class Supervisor:
         Raises:
             RoleFailed: one does not get ready; all are stopped again.
         """
-        self._failure = asyncio.get_running_loop().create_future()
-        for one in self._supervised:
-            one.task = asyncio.create_task(self._keep_running(one), name=f"role-{one.role.name}")
-        self._rotation = asyncio.create_task(self._rotate_logs(), name="log-rotation")
+        assert self._failure is not None
         everyone: asyncio.Future[object] = asyncio.ensure_future(self._all_ready())
         try:
             done, _ = await asyncio.wait(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 from contextlib import suppress
 
 import structlog
@@ -22,7 +20,7 @@ from emberbox.cli.output import note
 from emberbox.cli.processes import ProcessRef
 from emberbox.cli.reporters import ConsoleReporter, PipeReporter, Reporter, relay
 from emberbox.cli.roles import ROLE_NAMES, log_path, role
-from emberbox.cli.state import Phase, RoleProcess, State, StateDir, as_environment
+from emberbox.cli.state import Phase, RoleProcess, State, StateDir
 from emberbox.cli.stopping import END_SANDBOXES, end_sandboxes
 from emberbox.cli.supervisor import Supervisor
 from emberbox.logs import configure_logging
@@ -100,8 +98,10 @@ class _Instance:
 
     async def _start(self, supervisor: Supervisor) -> None:
         self._reporter.step(f"starting Emberbox {__version__} on {self._settings.data_dir}")
+        supervisor.begin("node", "edge")  # they need no store
         await asyncio.to_thread(first_run.ensure_key, self._settings, self._state_dir)
-        await supervisor.start(deadline=START_SECONDS * self._settings.time_scale)
+        supervisor.begin("api")
+        await supervisor.ready(deadline=START_SECONDS * self._settings.time_scale)
         await first_run.ensure_base(self._settings, self._reporter)
         self._set_phase("ready")
         log.info("emberbox.ready", data_dir=str(self._settings.data_dir))
@@ -163,7 +163,7 @@ def _stop_left_behind(state_dir: StateDir, reporter: Reporter) -> None:
 # ---- the two ways to call it
 
 
-def up_in_foreground(settings: Settings, *, report_to: int | None) -> None:
+def up_in_foreground(settings: Settings, *, report_to: int | None = None) -> None:
     """Serve in this process. With `report_to`, a descriptor, this is the background process of `up --detach`."""
     configure_logging("supervisor", settings)
     reporter: Reporter
@@ -181,7 +181,10 @@ def up_in_foreground(settings: Settings, *, report_to: int | None) -> None:
 
 
 def up_in_background(settings: Settings) -> None:
-    """Start a background process that serves, and wait until it is ready. When one serves already, that is enough.
+    """Serve in a background process and wait until it is ready. When one serves already, that is enough.
+
+    The process is a fork of this one: what was imported is not imported again. In it the call returns when Emberbox
+    has been stopped.
 
     Raises:
         CliError: it could not start.
@@ -189,27 +192,35 @@ def up_in_background(settings: Settings) -> None:
     requirements.require_root()
     if _runs_already(settings):
         return
-    logs = settings.data_dir / "logs"
+    log_file = settings.data_dir / "logs" / "supervisor.log"
     try:
-        logs.mkdir(parents=True, exist_ok=True)
-        output = (logs / "supervisor.log").open("ab")
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        output = log_file.open("ab")
     except OSError as error:
         raise CliError(f"the data directory {settings.data_dir} cannot be used: {error}") from None
     reading, writing = os.pipe()
-    with output, os.fdopen(reading) as lines:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "emberbox", "up", "--report-to", str(writing)],
-            env={**os.environ, **as_environment(settings)},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=[writing],
-            start_new_session=True,
-        )
-        os.close(writing)
+    with output:
+        process = os.fork()
+        if process == 0:
+            _leave_terminal(output.fileno(), keep=writing)
+            up_in_foreground(settings, report_to=writing)
+            return
+    os.close(writing)
+    with os.fdopen(reading) as lines:
         if not relay(lines, ConsoleReporter(on_ready=lambda: print_exports(settings))):
-            code = process.wait()
-            raise CliError(f"Emberbox ended while starting (code {code}); see {logs / 'supervisor.log'}")
+            _, status = os.waitpid(process, 0)
+            code = os.waitstatus_to_exitcode(status)
+            raise CliError(f"Emberbox ended while starting (code {code}); see {log_file}")
+
+
+def _leave_terminal(output: int, *, keep: int) -> None:
+    """Make this a background process that writes to `output` and has nothing else of its parent's open but `keep`."""
+    os.setsid()
+    with open(os.devnull, "rb") as nothing:
+        for number, source in enumerate((nothing.fileno(), output, output)):
+            os.dup2(source, number)
+    os.closerange(3, keep)
+    os.closerange(keep + 1, os.sysconf("SC_OPEN_MAX"))
 
 
 def _runs_already(settings: Settings) -> bool:
