@@ -315,13 +315,27 @@ _TRANSLATION: dict[grpc.StatusCode, type[errors.ControlError]] = {
 """The node contract's status codes as control errors; what is not here is the runtime's failure."""
 
 
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
 def translated(error: grpc.aio.AioRpcError) -> errors.ControlError:
     """The control error for a failed call, with the node's sentence for the user."""
-    code = error.code()
+    return _failure(error.code(), error.details())
+
+
+def fork_failure(result: pb.ForkResult) -> errors.ControlError:
+    """Why there is no copy: what a create would have failed with."""
+    code = _CODES.get(result.error_code, grpc.StatusCode.INTERNAL)
+    if code is grpc.StatusCode.INTERNAL:
+        return errors.NodeFailed(result.error, error_code="sandbox_create_failed")
+    return _failure(code, result.error)
+
+
+def _failure(code: grpc.StatusCode, details: str | None) -> errors.ControlError:
     if code is grpc.StatusCode.UNAVAILABLE:
-        log.warning("node.unavailable", details=error.details())
+        log.warning("node.unavailable", details=details)
         return errors.NodeUnavailable("the node is not reachable at the moment; try again")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return errors.NodeTooSlow("the node did not answer in time; try again")
     kind = _TRANSLATION.get(code, errors.NodeFailed)
-    return kind(error.details() or f"the node answered {code.name}")
+    return kind(details or f"the node answered {code.name}")

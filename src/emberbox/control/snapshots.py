@@ -10,10 +10,10 @@ import structlog
 
 from emberbox.control.builds import Builds
 from emberbox.control.clock import now_ms
-from emberbox.control.errors import Conflict, ControlError, Invalid, NodeFailed, NodeTooSlow, NodeUnavailable, NotFound
+from emberbox.control.errors import Conflict, ControlError, Invalid, NodeTooSlow, NodeUnavailable, NotFound
 from emberbox.control.limits import check_timeout, key_limit, sandbox_limit
 from emberbox.control.names import DEFAULT_TAG, parse_ref
-from emberbox.control.nodes import Node
+from emberbox.control.nodes import Node, fork_failure
 from emberbox.control.plane import Plane
 from emberbox.control.rates import kept_rates
 from emberbox.control.sandboxes import Sandboxes, sandbox_not_found
@@ -270,7 +270,7 @@ class Snapshots:
                 return await self._sandboxes.started(record, result.machine)
             except ControlError as error:
                 return error
-        failure = NodeFailed(result.error or "the fork could not be started", error_code="sandbox_create_failed")
+        failure = fork_failure(result)
         await self._sandboxes.undo_create(record, node, failure)
         return failure
 

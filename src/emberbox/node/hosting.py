@@ -184,7 +184,7 @@ class Hosting:
         try:
             return await self._start(origin, limits, hostname, introduction, network, background, undo)
         except BaseException as error:
-            log.info("machine.start_undone", error=str(error) or type(error).__name__)
+            log.info("machine.start_undone", hostname=hostname, error=str(error) or type(error).__name__)
             await finish(undo.aclose())
             raise
         finally:

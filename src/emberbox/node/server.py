@@ -7,7 +7,7 @@ import shutil
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import wraps
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import structlog
@@ -69,19 +69,19 @@ Answer = TypeVar("Answer")
 Request = TypeVar("Request")
 
 
-async def _refuse(context: Context, call: str, error: Exception) -> NoReturn:
+def _failure(call: str, error: Exception) -> tuple[grpc.StatusCode, str]:
+    """The status code and the sentence that an error becomes; what is the node's own fault is logged."""
     for kind, code in _CODES:
         if isinstance(error, kind):
             if code is grpc.StatusCode.INTERNAL:
                 log.error("call.failed", call=call, error=str(error))
-            await context.abort(code, str(error))
+            return code, str(error)
+    log.error("call.failed", call=call, exc_info=error)
     if isinstance(error, OSError):
-        log.error("call.failed", call=call, exc_info=error)
         full = error.errno in (28, 122)  # ENOSPC, EDQUOT
         code = grpc.StatusCode.RESOURCE_EXHAUSTED if full else grpc.StatusCode.INTERNAL
-        await context.abort(code, f"the node's disk failed: {error.strerror or error}")
-    log.error("call.failed", call=call, exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, f"the node failed in {call}; its log says why")
+        return code, f"the node's disk failed: {error.strerror or error}"
+    return grpc.StatusCode.INTERNAL, f"the node failed in {call}; its log says why"
 
 
 def _answers(
@@ -97,9 +97,16 @@ def _answers(
         except Exception as error:
             if isinstance(error, grpc.RpcError | grpc.aio.AbortError):
                 raise
-            await _refuse(context, method.__name__, error)
+            await context.abort(*_failure(method.__name__, error))
 
     return call
+
+
+def _fork_result(result: Status | Exception) -> wire.ForkResult:
+    if isinstance(result, Status):
+        return wire.ForkResult(machine=translate.status(result))
+    code, message = _failure("Fork", result)
+    return wire.ForkResult(error=message, error_code=code.value[0])
 
 
 class NodeService(node_pb2_grpc.NodeServicer):
@@ -216,14 +223,7 @@ class NodeService(node_pb2_grpc.NodeServicer):
         if not news:
             raise BadValue("a fork needs at least one sandbox ID")
         results = await self.node.snapshots.fork(request.sandbox_id, news)
-        return wire.ForkResponse(
-            results=[
-                wire.ForkResult(error=result)
-                if isinstance(result, str)
-                else wire.ForkResult(machine=translate.status(result))
-                for result in results
-            ]
-        )
+        return wire.ForkResponse(results=[_fork_result(result) for result in results])
 
     # ---- logs and events
 
@@ -244,7 +244,7 @@ class NodeService(node_pb2_grpc.NodeServicer):
         try:
             self.node.require_ready()
         except NodeError as error:
-            await _refuse(context, "Watch", error)
+            await context.abort(*_failure("Watch", error))
         with self.node.events.subscribe() as subscription:
             machines = [translate.status(status) for status in self.node.machines.statuses()]
             yield wire.NodeEvent(state=wire.State(machines=machines))
@@ -282,7 +282,7 @@ class NodeService(node_pb2_grpc.NodeServicer):
             async for event in begin():
                 yield translate.build_event(event, AGENT_VERSION)
         except NodeError as error:
-            await _refuse(context, call, error)
+            await context.abort(*_failure(call, error))
 
     @_answers
     async def CancelBuild(self, request: wire.CancelBuildRequest, context: Context) -> wire.CancelBuildResponse:

@@ -10,6 +10,7 @@ import asyncio
 import errno
 import secrets
 import shutil
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -165,29 +166,27 @@ class Snapshots:
         fixed = meta.limits if saved.memory else replace(limits, disk_size_mb=meta.limits.disk_size_mb)
         return Seed(meta.image, fixed, meta.env_vars, saved, meta.saved.secret)
 
-    async def fork(self, sandbox_id: str, news: Sequence[NewSandbox]) -> list[Status | str]:
-        """Start copies of a running sandbox, all of the same instant. One result each, in order; a string is why not.
+    async def fork(self, sandbox_id: str, news: Sequence[NewSandbox]) -> list[Status | Exception]:
+        """Start copies of a running sandbox, all of the same instant. One result each, in order: it, or why not.
 
         Raises:
             NoSuchSandbox, WrongState, RuntimeFailure: the source could not be saved.
         """
         self._machines.find(sandbox_id).require(State.RUNNING)
+        asked = time.monotonic()
         snapshot_id = f"fork{secrets.token_hex(8)}"
         meta = await self.take(sandbox_id, snapshot_id, memory=True)
         try:
-            return await asyncio.gather(*(self._fork_one(meta, new) for new in news))
+            return await asyncio.gather(*(self._fork_one(meta, new, asked) for new in news))
         finally:
             await finish(remove_tree(self._directory / snapshot_id))
 
-    async def _fork_one(self, meta: SnapshotMeta, new: NewSandbox) -> Status | str:
+    async def _fork_one(self, meta: SnapshotMeta, new: NewSandbox, asked: float) -> Status | Exception:
         try:
             seed = await self._seed(meta.snapshot_id, new.limits)
-            return await self._machines.create(new, replace(seed, limits=meta.limits))
-        except (NodeError, RuntimeFailure) as error:
-            return str(error)
-        except OSError as error:
-            log.error("fork.failed", sandbox_id=new.sandbox_id, error=str(error))
-            return f"the copy could not be started: {error.strerror or error}"
+            return await self._machines.create(new, replace(seed, limits=meta.limits), asked=asked)
+        except (NodeError, RuntimeFailure, OSError) as error:
+            return error
 
     # ---- end
 

@@ -99,6 +99,7 @@ class Spares:
     # ---- making
 
     async def _refill(self) -> None:
+        told = ""
         while True:
             await self._wanted.wait()
             self._wanted.clear()
@@ -106,8 +107,11 @@ class Spares:
                 await self._quiet()
                 try:
                     await finish(self._add())
+                    told = ""
                 except (NodeError, RuntimeFailure, OSError) as error:
-                    log.warning("spares.not_refilled", error=str(error))
+                    if str(error) != told:  # a node whose slots are all in use is not in trouble
+                        log.warning("spares.not_refilled", error=str(error))
+                    told = str(error)
                     await asyncio.sleep(_RETRY_SECONDS)
 
     async def _quiet(self) -> None:

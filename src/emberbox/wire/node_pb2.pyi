@@ -720,7 +720,10 @@ class ForkResult(_message.Message):
 
     MACHINE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    ERROR_CODE_FIELD_NUMBER: _builtins.int
     error: _builtins.str
+    error_code: _builtins.int
+    """The status code that a Create would have failed with."""
     @_builtins.property
     def machine(self) -> Global___MachineStatus: ...
     def __init__(
@@ -728,10 +731,11 @@ class ForkResult(_message.Message):
         *,
         machine: Global___MachineStatus | None = ...,
         error: _builtins.str = ...,
+        error_code: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "machine", b"machine", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "machine", b"machine", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "error_code", b"error_code", "machine", b"machine", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["machine", "error"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015

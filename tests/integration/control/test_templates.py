@@ -326,7 +326,7 @@ async def test_each_fork_fails_by_itself(world: World) -> None:
     async def second_fails(request: pb.ForkRequest, context: Any) -> pb.ForkResponse:
         answer = await real(request, context)
         del world.node.machines[request.creates[1].sandbox_id]
-        answer.results[1].CopyFrom(pb.ForkResult(error="no memory left"))
+        answer.results[1].CopyFrom(pb.ForkResult(error="no memory left", error_code=8))  # RESOURCE_EXHAUSTED
         return answer
 
     world.node.Fork = second_fails  # type: ignore[method-assign]
@@ -341,7 +341,7 @@ async def test_each_fork_fails_by_itself(world: World) -> None:
     results = answer.json()
     assert set(results[0]) == {"sandbox"}
     assert set(results[1]) == {"error"}
-    assert results[1]["error"]["message"] == "no memory left"
+    assert (results[1]["error"]["code"], results[1]["error"]["message"]) == (503, "no memory left")
     assert len((await world.client.get("/v2/sandboxes")).json()) == 2
 
 

@@ -487,12 +487,26 @@ async def test_forks_are_copies_and_the_fork_leaves_no_snapshot(make_world: Any,
 
     results = await world.node.snapshots.fork("s1", news)
 
-    running = [result for result in results if not isinstance(result, str)]
-    refused = [result for result in results if isinstance(result, str)]
+    running = [result for result in results if not isinstance(result, Exception)]
+    refused = [result for result in results if isinstance(result, NodeFull)]
     assert len(running) == 2
-    assert "may run 3" in refused[0]
+    assert "may run 3" in str(refused[0])
     assert world.runtime.of(world.node, running[0].sandbox_id).spec.upper.read_bytes() == b"forked"
     assert world.left().get("snapshots") is None
+
+
+async def test_what_a_start_takes_is_not_taken_from_the_sandbox_s_time(make_world: Any) -> None:
+    world = await make_world()
+    reached = world.runtime.hold("start")
+    deadline = later(60_000)
+
+    create = asyncio.create_task(world.create("s1", deadline_ms=deadline))
+    await reached.wait()
+    await asyncio.sleep(0.2)
+    world.runtime.gates["start"].set()
+    created = await create
+
+    assert 200 <= created.deadline_ms - deadline < 30_000
 
 
 async def test_a_snapshot_deleted_while_it_is_used_goes_afterwards(make_world: Any) -> None:
