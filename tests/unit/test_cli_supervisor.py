@@ -89,19 +89,6 @@ async def test_roles_stop_in_the_reverse_order_of_their_start(pair: Supervisor, 
     assert seen.processes == []
 
 
-async def test_a_role_that_fails_before_the_last_has_begun_fails_the_start(tmp_path: Path, seen: Seen) -> None:
-    supervisor = Supervisor([Role("lost", ["/nothing"], {}, tmp_path / "log", lambda: False), a_role(tmp_path, "late")],
-                            changed=seen)  # fmt: skip
-    supervisor.begin("lost")
-    await asyncio.sleep(0.2)
-    supervisor.begin("late")
-
-    with pytest.raises(RoleFailed, match="lost cannot be started"):
-        await supervisor.ready(deadline=120)
-
-    assert seen.processes == []
-
-
 async def test_a_role_that_ends_again_and_again_fails_the_start_with_its_last_words(tmp_path: Path, seen: Seen) -> None:
     roles = [a_role(tmp_path, "good"), a_role(tmp_path, "bad", "echo no database >&2; exit 3")]
 

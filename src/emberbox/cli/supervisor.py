@@ -70,17 +70,15 @@ class Supervisor:
     def processes(self) -> list[RoleProcess]:
         return [RoleProcess(s.role.name, s.ref, s.restarts) for s in self._supervised if s.ref is not None]
 
-    def begin(self, *names: str) -> None:
-        """Start these roles, or all, and keep them running from now on; `ready` says how it went."""
-        if self._failure is None:
-            self._failure = asyncio.get_running_loop().create_future()
-            self._rotation = asyncio.create_task(self._rotate_logs(), name="log-rotation")
+    def begin(self) -> None:
+        """Start every role and keep it running from now on; `ready` says how it went."""
+        self._failure = asyncio.get_running_loop().create_future()
         for one in self._supervised:
-            if not names or one.role.name in names:
-                one.task = asyncio.create_task(self._keep_running(one), name=f"role-{one.role.name}")
+            one.task = asyncio.create_task(self._keep_running(one), name=f"role-{one.role.name}")
+        self._rotation = asyncio.create_task(self._rotate_logs(), name="log-rotation")
 
     async def ready(self, *, deadline: float) -> None:
-        """Wait until every role answers. All must have begun.
+        """Wait until every role answers, after `begin`.
 
         Args:
             deadline: seconds.

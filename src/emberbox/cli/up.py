@@ -98,9 +98,8 @@ class _Instance:
 
     async def _start(self, supervisor: Supervisor) -> None:
         self._reporter.step(f"starting Emberbox {__version__} on {self._settings.data_dir}")
-        supervisor.begin("node", "edge")  # they need no store
+        supervisor.begin()
         await asyncio.to_thread(first_run.ensure_key, self._settings, self._state_dir)
-        supervisor.begin("api")
         await supervisor.ready(deadline=START_SECONDS * self._settings.time_scale)
         await first_run.ensure_base(self._settings, self._reporter)
         self._set_phase("ready")

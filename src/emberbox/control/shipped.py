@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,7 @@ from emberbox.store.records import BuildRecord, TeamRecord, TemplateRecord
 log = structlog.get_logger()
 
 _LOOK_SECONDS = 0.2
+_TEAM_SECONDS = 60.0
 _FAILED_FOR_MS = 60_000
 """A build on first use that failed is not begun again by the next create right away."""
 
@@ -69,6 +71,7 @@ class Shipped:
         """See to it that `base` is there: wait for a node, build it when it is missing. Tells in `startup`."""
         try:
             node = await self._builds.connected_node()
+            await self._first_team()
             await self._builds.adopt()
             if not await self._ready_base(node):
                 await self._build_base()
@@ -219,6 +222,13 @@ class Shipped:
             await self._uploads.pack(team.id, step.files_hash, partial(pack, shipped.folder, step.args[0]))
 
     # ---- both
+
+    async def _first_team(self) -> None:
+        """Wait for it: `emberbox up` makes it in a process beside this one."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_TEAM_SECONDS * self._plane.settings.time_scale):
+                while not await team_rows.list_teams(self._plane.store):  # noqa: ASYNC110
+                    await asyncio.sleep(_LOOK_SECONDS)
 
     async def _team(self) -> TeamRecord:
         """

@@ -24,10 +24,20 @@ async def migrate(store: Store) -> bool:
     """Bring the database to `HEAD`. Returns whether anything was done; doing it twice is harmless."""
     if await revision(store) == HEAD:
         return False
+    # Takes a while, in which another process that migrates need not wait for the lock.
+    from alembic.command import upgrade
+    from alembic.config import Config
+
+    def to_head(connection: Connection) -> None:
+        config = Config()
+        config.set_main_option("script_location", "emberbox.store:migrations")
+        config.attributes["connection"] = connection
+        upgrade(config, "head")
+
     async with store.write() as connection:
         if not store.is_sqlite:
             await connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
-        await connection.run_sync(_upgrade)
+        await connection.run_sync(to_head)
     return True
 
 
@@ -35,13 +45,3 @@ def _revision(connection: Connection) -> str | None:
     if not inspect(connection).has_table("alembic_version"):
         return None
     return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-
-
-def _upgrade(connection: Connection) -> None:
-    from alembic import command
-    from alembic.config import Config
-
-    config = Config()
-    config.set_main_option("script_location", "emberbox.store:migrations")
-    config.attributes["connection"] = connection
-    command.upgrade(config, "head")
