@@ -194,16 +194,16 @@ def up_in_background(settings: Settings) -> None:
     log_file = settings.data_dir / "logs" / "supervisor.log"
     try:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        output = log_file.open("ab")
+        output = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise CliError(f"the data directory {settings.data_dir} cannot be used: {error}") from None
     reading, writing = os.pipe()
-    with output:
-        process = os.fork()
-        if process == 0:
-            _leave_terminal(output.fileno(), keep=writing)
-            up_in_foreground(settings, report_to=writing)
-            return
+    process = os.fork()
+    if process == 0:
+        _leave_terminal(output, keep=writing)
+        up_in_foreground(settings, report_to=writing)
+        return
+    os.close(output)
     os.close(writing)
     with os.fdopen(reading) as lines:
         if not relay(lines, ConsoleReporter(on_ready=lambda: print_exports(settings))):
@@ -215,11 +215,13 @@ def up_in_background(settings: Settings) -> None:
 def _leave_terminal(output: int, *, keep: int) -> None:
     """Make this a background process that writes to `output` and has nothing else of its parent's open but `keep`."""
     os.setsid()
-    with open(os.devnull, "rb") as nothing:
-        for number, source in enumerate((nothing.fileno(), output, output)):
-            os.dup2(source, number)
-    os.closerange(3, keep)
-    os.closerange(keep + 1, os.sysconf("SC_OPEN_MAX"))
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for number, source in enumerate((nothing, output, output)):
+        os.dup2(source, number)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > 2 and number != keep:
+            with suppress(OSError):  # the one that listed them
+                os.close(number)
 
 
 def _runs_already(settings: Settings) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ from sqlalchemy import update
 from sqlalchemy.exc import OperationalError
 
 from emberbox.control import nodes
+from emberbox.control.bootstrap import bootstrap
 from emberbox.store.engine import Store
 from emberbox.store.tables import sandboxes, template_builds
 from emberbox.wire import node_pb2 as pb
@@ -228,6 +230,19 @@ async def test_base_is_built_again_when_the_node_has_lost_its_layers(restarted: 
 
     assert len(restarted.node.builds) == 2
     assert [template["buildCount"] for template in templates] == [2]
+
+
+async def test_base_waits_for_the_first_team_that_another_process_makes() -> None:
+    async with made_world() as world:
+        shutil.rmtree(world.settings.api_dir)
+        async with world.serving():
+            await eventually(lambda: any(node.connected.is_set() for node in world.control.plane.nodes))
+            await asyncio.sleep(0.3)
+            before = world.control.shipped.startup.status
+            await bootstrap(world.settings)
+            await eventually(lambda: world.control.shipped.startup.status == "ready")
+
+    assert before == "waiting"
 
 
 async def test_a_failed_base_build_is_told(restarted: World) -> None:
