@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from tests.support.registry import LocalRegistry
 
 HERE = Path(__file__).parent
 GIVEN = instance.from_environment()
+QEMU_HOST = "10.0.2.2"
+"""This machine, seen from the lab."""
 """Read once: while an Emberbox of the tests runs, its own variables are in the environment."""
 
 
@@ -98,14 +100,6 @@ def _client_environment(emberbox: Emberbox) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def worker_id(request: pytest.FixtureRequest) -> str:
     return getattr(request.config, "workerinput", {}).get("workerid", "master")
-
-
-@pytest.fixture(scope="session")
-def local(emberbox: Emberbox) -> Emberbox:
-    """The Emberbox, when it runs on this host and was started by these tests."""
-    if emberbox.data_dir is None:
-        pytest.skip("needs an Emberbox on this host that the tests started; this one was given by E2B_API_URL")
-    return emberbox
 
 
 @pytest.fixture(scope="session")
@@ -185,14 +179,46 @@ def folder(sandbox: Sandbox, request: pytest.FixtureRequest) -> str:
     return path
 
 
+@pytest.fixture(scope="session")
+def lab_settings() -> Iterator[Callable[[Mapping[str, str]], None]]:
+    """In the lab: `lab_settings({...})` has Emberbox restarted when it runs with other settings. Elsewhere nothing."""
+    found = host_of(GIVEN) if GIVEN is not None else ""
+    now: dict[str, str] = {}
+
+    def use(settings: Mapping[str, str]) -> None:
+        if isinstance(found, Host) and settings != now:
+            found.restart(settings)
+            now.clear()
+            now.update(settings)
+
+    yield use
+    use({})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _lab_has_settings(request: pytest.FixtureRequest, lab_settings: Callable[[Mapping[str, str]], None]) -> None:
+    """The lab has one Emberbox: it runs with what a module's own one would have."""
+    if GIVEN is None or isinstance(host_of(GIVEN), str):
+        return
+    of_module = [item for item in request.session.items if item.path == request.path]
+    if any("building" in getattr(item, "fixturenames", ()) for item in of_module):
+        lab_settings(_builder_settings(_host_of(GIVEN).tree, request.getfixturevalue("registries")))
+    else:
+        lab_settings(getattr(request.module, "SETTINGS", {}))
+
+
 @pytest.fixture(scope="module")
 def own_emberbox(request: pytest.FixtureRequest) -> Iterator[Emberbox]:
-    """An Emberbox of the module's own, to break. Its tests may use nothing of the shared one.
+    """An Emberbox of the module's own, to break; in the lab the one there, whose tests run singly. Its tests may use
+    nothing of the shared one.
 
     A module's `SETTINGS` are its environment variables.
     """
     if GIVEN is not None:
-        pytest.skip("breaks or sets up the Emberbox it uses; this one was given by E2B_API_URL")
+        _host_of(GIVEN)
+        with _client_environment(GIVEN):
+            yield GIVEN
+        return
     own = instance.start(settings=getattr(request.module, "SETTINGS", None))
     try:
         with _client_environment(own):
@@ -203,10 +229,9 @@ def own_emberbox(request: pytest.FixtureRequest) -> Iterator[Emberbox]:
 
 
 @pytest.fixture(scope="module")
-def breakable(request: pytest.FixtureRequest) -> Host:
-    """An Emberbox whose processes a test may kill: one of the module's own, or the lab's (there tests run singly)."""
-    in_lab = GIVEN is not None and not isinstance(host_of(GIVEN), str)
-    return _host_of(request.getfixturevalue("emberbox" if in_lab else "own_emberbox"))
+def breakable(own_emberbox: Emberbox) -> Host:
+    """`own_emberbox`, whose processes a test may kill."""
+    return _host_of(own_emberbox)
 
 
 @pytest.fixture(scope="session")
@@ -215,31 +240,39 @@ def registries() -> Iterator[tuple[LocalRegistry, ...]]:
     if registry.missing():
         yield ()
         return
-    with registry.local_registry() as everybodys, registry.local_registry(user="me", password="s3cret") as private:
+    in_lab = GIVEN is not None and isinstance(found := host_of(GIVEN), Host) and found.lab is not None
+    seen_as = QEMU_HOST if in_lab else ""
+    with (
+        registry.local_registry(seen_as=seen_as) as everybodys,
+        registry.local_registry(user="me", password="s3cret", seen_as=seen_as) as private,
+    ):
         yield everybodys, private
 
 
 @pytest.fixture
-def local_registries(local_builder: Emberbox, registries: tuple[LocalRegistry, ...]) -> tuple[LocalRegistry, ...]:
+def local_registries(builder_host: Host, registries: tuple[LocalRegistry, ...]) -> tuple[LocalRegistry, ...]:
     """`registries`, whose images the Emberbox of `builder` may fetch."""
     if not registries:
         pytest.skip(f"needs {registry.missing()}; `make install-dev` installs it")
     return registries
 
 
+def _builder_settings(tree: str, registries: tuple[LocalRegistry, ...]) -> dict[str, str]:
+    """A template has little time to become ready, and a small one is shipped."""
+    return {
+        "EMBERBOX_READY_SECONDS": str(whole_seconds(20)),
+        "EMBERBOX_TEMPLATES_DIR": f"{tree}/tests/clients/shipped",
+        "EMBERBOX_INSECURE_REGISTRIES": json.dumps([each.host for each in registries]),
+    }
+
+
 @pytest.fixture(scope="session")
 def building(registries: tuple[LocalRegistry, ...]) -> Iterator[Emberbox]:
-    """An Emberbox to build templates with: a template has little time to become ready, and a small one is shipped."""
+    """An Emberbox to build templates with."""
     if GIVEN is not None:
         yield GIVEN
         return
-    own = instance.start(
-        settings={
-            "EMBERBOX_READY_SECONDS": str(whole_seconds(20)),
-            "EMBERBOX_TEMPLATES_DIR": str(HERE / "shipped"),
-            "EMBERBOX_INSECURE_REGISTRIES": json.dumps([each.host for each in registries]),
-        }
-    )
+    own = instance.start(settings=_builder_settings(str(instance.ROOT), registries))
     try:
         yield own
     finally:
@@ -255,14 +288,6 @@ def builder(building: Emberbox) -> Iterator[Emberbox]:
 
 
 @pytest.fixture
-def breakable_builder(builder: Emberbox) -> Host:
-    """`builder`, whose processes a test may kill; see `breakable`."""
+def builder_host(builder: Emberbox) -> Host:
+    """Where `builder` runs; its processes may be killed."""
     return _host_of(builder)
-
-
-@pytest.fixture
-def local_builder(builder: Emberbox) -> Emberbox:
-    """`builder`, when it runs on this host and was started by these tests."""
-    if builder.data_dir is None:
-        pytest.skip("needs an Emberbox on this host that the tests started; this one was given by E2B_API_URL")
-    return builder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 
 import e2b
@@ -284,8 +283,8 @@ def test_broken_uploads_are_a_bad_request_and_leave_no_file(sandbox, agent_of, h
     assert not sandbox.files.exists(path)
 
 
-def test_keys_of_other_teams_see_nothing_of_this_one(local, sandbox):
-    other = Api(local, **{"X-API-KEY": asyncio.run(new_team(local)).key})
+def test_keys_of_other_teams_see_nothing_of_this_one(emberbox, host, sandbox):
+    other = Api(emberbox, **{"X-API-KEY": new_team(host).key})
     sandbox_id = sandbox.sandbox_id
 
     answers = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -12,11 +11,12 @@ import httpx
 import pytest
 from e2b import Sandbox
 
+from tests.clients.support.host import Host
 from tests.clients.support.instance import Emberbox
 from tests.clients.support.raw import Api
-from tests.clients.support.timing import eventually, seconds
+from tests.clients.support.timing import eventually, seconds, whole_seconds
 
-IDLE_SECONDS = 15
+IDLE_SECONDS = whole_seconds(15)
 SETTINGS = {"EMBERBOX_MCP_BIND_SANDBOXES": "true", "EMBERBOX_MCP_SESSION_IDLE_SECONDS": str(IDLE_SECONDS)}
 
 pytestmark = [pytest.mark.timeout(seconds(1800)), pytest.mark.xdist_group("mcp_bound")]
@@ -61,10 +61,6 @@ def session(own_emberbox: Emberbox) -> Iterator[Session]:
     opened.close()
 
 
-def _api(emberbox: Emberbox) -> int | None:
-    return next((each["pid"] for each in emberbox.status()["processes"] if each["name"] == "api"), None)
-
-
 def _is_gone(emberbox: Emberbox, sandbox_id: str) -> bool:
     with Api(emberbox) as api:
         return api.get(f"/sandboxes/{sandbox_id}").status_code == 404
@@ -85,19 +81,18 @@ def test_sandboxes_end_with_the_session_and_others_do_not(own_emberbox: Emberbox
 def test_sandboxes_end_with_an_idle_session(own_emberbox: Emberbox, session: Session) -> None:
     bound = session.create()
 
-    eventually(lambda: _is_gone(own_emberbox, bound), within=IDLE_SECONDS + 120, every=0.5, what="it is gone")
+    eventually(lambda: _is_gone(own_emberbox, bound), within=135, every=0.5, what="it is gone")
 
 
-def test_sandboxes_end_with_the_api_that_holds_the_session(own_emberbox: Emberbox, session: Session) -> None:
+def test_sandboxes_end_with_the_api_that_holds_the_session(breakable: Host, session: Session) -> None:
     bound = session.create()
-    before = _api(own_emberbox)
+    before = breakable.pids()["api"]
 
-    assert before is not None
-    os.kill(before, signal.SIGTERM)
+    breakable.kill(before, signal.SIGTERM)
 
     def gone_and_back() -> bool:
         try:
-            return _api(own_emberbox) != before and _is_gone(own_emberbox, bound)
+            return breakable.pids().get("api") != before and _is_gone(breakable.emberbox, bound)
         except httpx.TransportError:
             return False
 

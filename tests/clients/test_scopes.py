@@ -12,6 +12,7 @@ import e2b
 import pytest
 from e2b import Sandbox
 
+from tests.clients.support.host import Host
 from tests.clients.support.instance import Emberbox
 from tests.clients.support.raw import Api
 from tests.clients.support.timing import whole_seconds
@@ -76,16 +77,15 @@ async def test_tools_refuse_a_key_without_their_scope(emberbox: Emberbox, api, m
             assert "'sandboxes:exec'" in await refused(client, "e2b-run-command", **it, command="true")
 
 
-def test_the_command_line_makes_and_shows_limited_keys(local: Emberbox, api):
-    where = ["--data", str(local.data_dir)]
-    made = local.command(
-        "key", "create", "agent", "--scope", "sandboxes:read", "--scope", "templates", "--limit", "3", "--json", *where
+def test_the_command_line_makes_and_shows_limited_keys(host: Host, api):
+    made = host.command(
+        "key", "create", "agent", "--scope", "sandboxes:read", "--scope", "templates", "--limit", "3", "--json"
     )
     assert made.returncode == 0, made.stderr
     key = json.loads(made.stdout)
     try:
-        shown = local.command("key", "list", *where).stdout
-        wrong = local.command("key", "create", "x", "--scope", "everything", *where)
+        shown = host.command("key", "list").stdout
+        wrong = host.command("key", "create", "x", "--scope", "everything")
     finally:
         api.delete(f"/api-keys/{key['id']}")
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import sys
 import uuid
 
 import pytest
@@ -114,21 +112,21 @@ def test_list_publish_and_delete(cli, name):
 # ---- emberbox template
 
 
-def ours(builder, *arguments, timeout=240):
-    return builder.command("template", *arguments, "--data", builder.data_dir, timeout=seconds(timeout))
+def ours(host, *arguments, timeout=240):
+    return host.command("template", *arguments, timeout=timeout)
 
 
-def test_emberbox_lists_shows_publishes_and_deletes(local_builder, name):
+def test_emberbox_lists_shows_publishes_and_deletes(builder_host, name):
     Template.build(Template().from_template("base").run_cmd("true"), f"{name}:v1")
 
-    listed = ours(local_builder, "list")
-    as_json = ours(local_builder, "list", "--json")
-    shown = ours(local_builder, "show", name)
-    shown_json = json.loads(ours(local_builder, "show", name, "--json").stdout)
-    published = ours(local_builder, "publish", name)
-    private = ours(local_builder, "publish", name, "--private")
-    deleted = ours(local_builder, "delete", name)
-    again = ours(local_builder, "delete", name)
+    listed = ours(builder_host, "list")
+    as_json = ours(builder_host, "list", "--json")
+    shown = ours(builder_host, "show", name)
+    shown_json = json.loads(ours(builder_host, "show", name, "--json").stdout)
+    published = ours(builder_host, "publish", name)
+    private = ours(builder_host, "publish", name, "--private")
+    deleted = ours(builder_host, "delete", name)
+    again = ours(builder_host, "delete", name)
 
     assert f"/{name}\tready\tprivate" in listed.stdout
     assert "base\tready\tpublic" in listed.stdout
@@ -141,9 +139,9 @@ def test_emberbox_lists_shows_publishes_and_deletes(local_builder, name):
     assert "not found" in again.stderr
 
 
-def test_emberbox_builds_nothing_that_it_does_not_know(local_builder):
-    unknown = ours(local_builder, "build", "no-such-template")
-    base = ours(local_builder, "build", "base")
+def test_emberbox_builds_nothing_that_it_does_not_know(builder_host):
+    unknown = ours(builder_host, "build", "no-such-template")
+    base = ours(builder_host, "build", "base")
 
     assert unknown.returncode == base.returncode == 1
     assert "--image" in unknown.stderr
@@ -151,8 +149,8 @@ def test_emberbox_builds_nothing_that_it_does_not_know(local_builder):
     assert "emberbox up" in base.stderr
 
 
-def test_emberbox_tells_how_a_build_from_an_image_failed(local_builder, name):
-    done = ours(local_builder, "build", name, "--image", "127.0.0.1:1/nothing:here", "--json", timeout=600)
+def test_emberbox_tells_how_a_build_from_an_image_failed(builder_host, name):
+    done = ours(builder_host, "build", name, "--image", "127.0.0.1:1/nothing:here", "--json", timeout=600)
 
     last = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 1
@@ -160,11 +158,11 @@ def test_emberbox_tells_how_a_build_from_an_image_failed(local_builder, name):
     assert "the build failed at step base" in done.stderr
 
 
-def test_a_shipped_template_is_built_with_its_log_and_then_started(local_builder):
-    before = ours(local_builder, "list")
-    built = ours(local_builder, "build", "hello", timeout=1200)
-    again = ours(local_builder, "build", "hello", "--json", "--network-mbit-per-second", "800", timeout=1200)
-    shown = ours(local_builder, "show", "hello")
+def test_a_shipped_template_is_built_with_its_log_and_then_started(builder_host):
+    before = ours(builder_host, "list")
+    built = ours(builder_host, "build", "hello", timeout=1200)
+    again = ours(builder_host, "build", "hello", "--json", "--network-mbit-per-second", "800", timeout=1200)
+    shown = ours(builder_host, "show", "hello")
 
     entries = [json.loads(line) for line in again.stdout.splitlines()]
     sandbox = Sandbox.create("hello", timeout=whole_seconds(600))
@@ -180,12 +178,9 @@ def test_a_shipped_template_is_built_with_its_log_and_then_started(local_builder
     assert answer == "hello\n"
 
 
-def test_on_a_terminal_a_build_is_shown_while_it_runs(local_builder):
-    environment = {**os.environ, **local_builder.settings, "TERM": "xterm", "COLUMNS": "120"}
-    terminal = node.Terminal(
-        sys.executable, "-m", "emberbox", "template", "build", "hello", "--force", "--data", local_builder.data_dir,
-        env=environment,
-    )  # fmt: skip
+def test_on_a_terminal_a_build_is_shown_while_it_runs(builder_host):
+    command, environment = builder_host.command_in_terminal("template", "build", "hello", "--force")
+    terminal = node.Terminal(*command, env=environment)
     try:
         terminal.wait_for("preparing", within=600)
         terminal.wait_for("template hello is ready", within=600)

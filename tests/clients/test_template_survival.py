@@ -58,12 +58,12 @@ def finished(info):
     return status, [entry.message for entry in entries]
 
 
-def test_a_build_outlives_the_api_and_its_log_is_whole(breakable_builder, name):
-    pids = breakable_builder.pids()
+def test_a_build_outlives_the_api_and_its_log_is_whole(builder_host, name):
+    pids = builder_host.pids()
     info = Template.build_in_background(Template().from_template("base").run_cmd(SLOWLY), name)
     begun(info)
 
-    kill(breakable_builder, "api", pids["api"])
+    kill(builder_host, "api", pids["api"])
     status, log = finished(info)
     sandbox = Sandbox.create(name, timeout=whole_seconds(600))
     content = sandbox.commands.run("cat ~/done").stdout
@@ -74,13 +74,13 @@ def test_a_build_outlives_the_api_and_its_log_is_whole(breakable_builder, name):
     assert content == "done\n"
 
 
-def test_a_build_whose_node_is_killed_fails_clearly_and_works_the_next_time(breakable_builder, name):
+def test_a_build_whose_node_is_killed_fails_clearly_and_works_the_next_time(builder_host, name):
     template = Template().from_template("base").run_cmd("echo first > ~/first").run_cmd(SLOWLY)
-    pids = breakable_builder.pids()
+    pids = builder_host.pids()
     info = Template.build_in_background(template, name)
     begun(info)
 
-    kill(breakable_builder, "node", pids["node"])
+    kill(builder_host, "node", pids["node"])
     status, _ = finished(info)
     Template.build(template, name)
 

@@ -109,17 +109,25 @@ class Lab:
         self, command: str, *, stdin: bytes | None = None, capture: bool = False, timeout: float | None = None
     ) -> subprocess.CompletedProcess[bytes]:
         """Run a shell command as root in the lab; returns the finished process, with its output when `capture`."""
-        boot = self.running()
-        if boot is None:
-            raise LabError("no lab is running; start it with 'lab.py up'")
         return subprocess.run(
-            [*self._ssh(boot), "--", command],
+            self.argv(command),
             input=stdin,
             stdin=None if stdin is not None or not capture else subprocess.DEVNULL,
             capture_output=capture,
             timeout=timeout,
             check=False,
         )
+
+    def argv(self, command: str, *, terminal: bool = False) -> list[str]:
+        """The command line that runs a shell command as root in the lab, with a terminal there when asked.
+
+        Raises:
+            LabError: no lab is running.
+        """
+        boot = self.running()
+        if boot is None:
+            raise LabError("no lab is running; start it with 'lab.py up'")
+        return [*self._ssh(boot), *(["-tt"] if terminal else []), "--", command]
 
     def put(self, source: Path, target: str) -> None:
         """Copy a file or folder to the path `target` in the lab, replacing what was there."""

@@ -11,7 +11,9 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent / "src"), str(HERE.parent.parent)]
@@ -23,7 +25,8 @@ from tests.lab.recipe import RecipeError, build, say  # noqa: E402
 API_PORT = 3000
 EDGE_PORT = 3002
 FORWARDED = [API_PORT, EDGE_PORT]
-IN_EMBERBOX = ". /usr/lib/emberbox-lab/environment && .venv/bin/python -m"
+ENVIRONMENT = "/usr/lib/emberbox-lab/environment"
+"""Sets what the lab's Emberbox is configured with, and goes to its folder."""
 MEMORY_MB = 4096
 START_SECONDS = 600
 TEST_SCALE = "15"
@@ -83,19 +86,28 @@ def _up(args: argparse.Namespace) -> int:
     return 0
 
 
-def start_emberbox(lab: Lab) -> dict[str, str]:
+def start_emberbox(lab: Lab, settings: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
     """Start Emberbox in the lab and return the variables for clients on this machine.
+
+    Args:
+        settings: environment variables for it, beside the lab's own.
 
     Raises:
         LabError: it did not start; the lab is left running.
     """
     say("starting Emberbox")
     started = time.monotonic()
-    done = lab.shell(f"{IN_EMBERBOX} emberbox up --detach >&2", timeout=START_SECONDS)
+    done = lab.shell(in_emberbox("emberbox", "up", "--detach", settings=settings) + " >&2", timeout=START_SECONDS)
     if done.returncode != 0:
         raise LabError("Emberbox did not start in the lab, which is left running: see 'lab.py shell', 'lab.py down'")
     say(f"Emberbox is ready after {time.monotonic() - started:.0f} s")
     return client_variables(lab)
+
+
+def in_emberbox(*module: str, settings: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The shell command that runs a module of Emberbox's installation in the lab, with its settings."""
+    own = [f"{name}={value}" for name, value in settings.items()]
+    return f". {ENVIRONMENT} && {shlex.join(['env', *own, '.venv/bin/python', '-m', *module])}"
 
 
 def _env(_: argparse.Namespace) -> int:
@@ -114,7 +126,7 @@ def client_variables(lab: Lab) -> dict[str, str]:
     Raises:
         LabError: no Emberbox runs there.
     """
-    done = lab.shell(f"{IN_EMBERBOX} emberbox env --json", capture=True, timeout=120)
+    done = lab.shell(in_emberbox("emberbox", "env", "--json"), capture=True, timeout=120)
     boot = lab.running()
     if done.returncode != 0 or boot is None:
         raise LabError(f"Emberbox does not run in the lab: {done.stderr.decode('utf-8', 'replace').strip()}")

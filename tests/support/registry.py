@@ -184,9 +184,10 @@ def write_layout(
 class LocalRegistry:
     """A registry that runs; from `local_registry`."""
 
-    def __init__(self, host: str, user: str, password: str, blobs: Path) -> None:
+    def __init__(self, address: str, host: str, user: str, password: str, blobs: Path) -> None:
         self.blobs = blobs
         """Where it keeps what was pushed, one folder a digest."""
+        self._address = address
         self.host = host
         """`127.0.0.1:<port>`: what image names begin with, and what `insecure_registries` must list."""
         self.user = user
@@ -212,14 +213,14 @@ class LocalRegistry:
 
     def push_layout(self, place: Path, repository: str, *, tag: str = "latest") -> None:
         credentials = ["--dest-creds", f"{self.user}:{self.password}"] if self.user else []
-        target = f"docker://{self.name(repository, tag)}"
+        target = f"docker://{self._address}/{repository}:{tag}"
         argv = ["skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false", *credentials]
         subprocess.run([*argv, f"oci:{place}:image", target], check=True, timeout=300)
 
     def put(self, path: str, data: bytes, kind: str) -> None:
         """PUT to the registry itself, for what skopeo would not push (indexes, odd manifests)."""
         request = urllib.request.Request(
-            f"http://{self.host}{path}", data=data, headers={"Content-Type": kind}, method="PUT"
+            f"http://{self._address}{path}", data=data, headers={"Content-Type": kind}, method="PUT"
         )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=60) as answer:
@@ -227,8 +228,12 @@ class LocalRegistry:
 
 
 @contextlib.contextmanager
-def local_registry(*, user: str = "", password: str = "") -> Iterator[LocalRegistry]:
-    """Run an empty registry on a free port of loopback; with a user, it asks for that and the password."""
+def local_registry(*, user: str = "", password: str = "", seen_as: str = "") -> Iterator[LocalRegistry]:
+    """Run an empty registry on a free port of loopback; with a user, it asks for that and the password.
+
+    Args:
+        seen_as: this machine's name where images are fetched, when that is not here.
+    """
     place = Path(tempfile.mkdtemp(prefix="eb-registry-"))
     try:
         auth = ""
@@ -238,8 +243,9 @@ def local_registry(*, user: str = "", password: str = "") -> Iterator[LocalRegis
             ).stdout
             (place / "htpasswd").write_text(made)
             auth = f"auth:\n  htpasswd:\n    realm: tests\n    path: {place}/htpasswd\n"
-        with _running(place, auth) as host:
-            yield LocalRegistry(host, user, password, place / "data/docker/registry/v2/blobs")
+        with _running(place, auth) as address:
+            host = f"{seen_as}:{address.rpartition(':')[2]}" if seen_as else address
+            yield LocalRegistry(address, host, user, password, place / "data/docker/registry/v2/blobs")
     finally:
         shutil.rmtree(place, ignore_errors=True)
 

@@ -1,15 +1,25 @@
-"""Another team beside the one whose key the tests have."""
+"""Another team beside the one whose key the tests have.
+
+`python -m tests.clients.support.teams DATA_DIR` makes one where the database is, and prints it: there is no public
+operation for it.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import json
+import sys
 import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from emberbox.control.accounts import Accounts
 from emberbox.settings import Settings
 from emberbox.store.engine import Store
-from tests.clients.support.instance import Emberbox
+
+if TYPE_CHECKING:
+    from tests.clients.support.host import Host
 
 
 @dataclass(frozen=True)
@@ -18,9 +28,14 @@ class OtherTeam:
     key: str
 
 
-async def new_team(emberbox: Emberbox) -> OtherTeam:
-    """Teams are made where the database is; there is no public operation for it."""
-    settings = Settings(data_dir=Path(emberbox.data_dir or ""))
+def new_team(host: Host) -> OtherTeam:
+    printed = host.module("tests.clients.support.teams", host.data_dir)
+    # The log's lines come first.
+    return OtherTeam(**json.loads(printed.splitlines()[-1]))
+
+
+async def _make(data_dir: Path) -> OtherTeam:
+    settings = Settings(data_dir=data_dir)
     store = Store(settings.store_url)
     try:
         accounts = Accounts(store, settings)
@@ -29,3 +44,7 @@ async def new_team(emberbox: Emberbox) -> OtherTeam:
         return OtherTeam(slug, (await accounts.add_credential("api_key", team, "test")).value)
     finally:
         await store.close()
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(asyncio.run(_make(Path(sys.argv[1]))))))
