@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -265,6 +266,31 @@ async def test_fifty_sessions_at_once(emberbox):
         heard = await asyncio.gather(*(one(number) for number in range(50)))
 
     assert heard == [f"{number}\n" for number in range(50)]
+
+
+async def test_stdio_ends_with_its_input(emberbox):
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "emberbox",
+        "mcp",
+        env=emberbox.client_env,
+        cwd=ROOT,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    client = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
+    initialize = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": client}
+    process.stdin.write(json.dumps(initialize).encode() + b"\n")
+    answered = json.loads(await asyncio.wait_for(process.stdout.readline(), seconds(240)))
+
+    process.stdin.close()
+    await asyncio.wait_for(process.wait(), seconds(60))
+
+    assert answered["id"] == 1
+    assert process.returncode == 0
 
 
 async def test_stdio_says_what_is_wrong_with_a_key(emberbox):

@@ -70,6 +70,7 @@ async def _bridge(url: str, key: str) -> None:
     async with (
         httpx2.AsyncClient(headers={"X-API-Key": key}, timeout=timeout) as http,
         stdio_server() as (from_client, to_client),
+        to_client,  # open, it would keep `stdio_server` from ending
         streamable_http_client(url, http_client=http) as (from_server, to_server),
         anyio.create_task_group() as both,
     ):
