@@ -19,6 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tests.lab.backlog import raise_backlog
 from tests.lab.recipe import LabImage, say
 
 
@@ -38,7 +39,7 @@ class Boot:
 
 
 CPU = "max,la57=off,erms=off,fsrm=off"
-"""A processor that says it copies bytes fast has every kernel copy byte by byte, which is what emulation is slowest at."""
+"""One that says it copies bytes fast has every kernel copy byte by byte, which is what emulation is slowest at."""
 
 
 class Lab:
@@ -82,6 +83,7 @@ class Lab:
         (self.state / "boot.json").write_text(json.dumps(asdict(boot)))
         try:
             self._wait_for_ssh(process, started + deadline)
+            raise_backlog(process.pid, ports.values())
         except BaseException:
             process.kill()
             process.wait()
