@@ -11,7 +11,7 @@ import pytest
 from e2b import Sandbox
 
 from tests.clients.support.instance import Emberbox
-from tests.clients.support.timing import eventually, seconds, whole_seconds
+from tests.clients.support.timing import SCALE, eventually, seconds, whole_seconds
 
 SETTINGS = {"EMBERBOX_MAX_MACHINES": "1", "EMBERBOX_RATE_PER_SECOND": "2", "EMBERBOX_RATE_BURST": "20"}
 
@@ -47,11 +47,12 @@ def test_too_many_requests_are_a_rate_limit_and_pass_again_later(own_emberbox: E
             return str(error)
         return ""
 
-    with ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(ask, range(80)))
+    many = 80 if SCALE == 1 else 240  # a slow API lets some pass meanwhile
+    with ThreadPoolExecutor(many // 2) as pool:
+        answers = list(pool.map(ask, range(many)))
 
     refused = [answer for answer in answers if answer]
-    assert refused, "80 requests at once met no limit of 20"
+    assert refused, f"{many} requests at once met no limit of 20"
     assert "a second" in refused[0]
     assert "" in answers
     eventually(lambda: ask(0) == "", within=90, every=1, what="a request passes again")
