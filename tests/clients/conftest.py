@@ -28,9 +28,9 @@ from tests.support.registry import LocalRegistry
 
 HERE = Path(__file__).parent
 GIVEN = instance.from_environment()
+"""Read once: while an Emberbox of the tests runs, its own variables are in the environment."""
 QEMU_HOST = "10.0.2.2"
 """This machine, seen from the lab."""
-"""Read once: while an Emberbox of the tests runs, its own variables are in the environment."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -183,13 +183,14 @@ def folder(sandbox: Sandbox, request: pytest.FixtureRequest) -> str:
 def lab_settings() -> Iterator[Callable[[Mapping[str, str]], None]]:
     """In the lab: `lab_settings({...})` has Emberbox restarted when it runs with other settings. Elsewhere nothing."""
     found = host_of(GIVEN) if GIVEN is not None else ""
-    now: dict[str, str] = {}
+    now: Mapping[str, str] | None = {}
 
     def use(settings: Mapping[str, str]) -> None:
+        nonlocal now
         if isinstance(found, Host) and settings != now:
+            now = None  # until it has started
             found.restart(settings)
-            now.clear()
-            now.update(settings)
+            now = dict(settings)
 
     yield use
     use({})

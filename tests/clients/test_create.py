@@ -10,7 +10,7 @@ import pytest
 from e2b import AsyncSandbox, Sandbox, SandboxException
 from packaging.version import Version
 
-from tests.clients.support.timing import whole_seconds
+from tests.clients.support.timing import seconds, whole_seconds
 
 
 def test_a_sandbox_runs_a_command(make_sandbox):
@@ -64,7 +64,7 @@ def test_timeout_of_the_first_api_defaults_to_fifteen_seconds(emberbox, api):
     info = Sandbox.get_info(created["sandboxID"])
     Sandbox.kill(created["sandboxID"])
 
-    assert (info.end_at - info.started_at).total_seconds() == pytest.approx(15, abs=10)
+    assert (info.end_at - info.started_at).total_seconds() == pytest.approx(15, abs=seconds(10))
 
 
 def test_environment_reaches_every_command(make_sandbox):

@@ -30,6 +30,13 @@ def _gone(sandbox_id: str) -> bool:
     return False
 
 
+def _runs(sandbox: Sandbox) -> bool:
+    try:
+        return sandbox.is_running()
+    except Exception:  # cut off
+        return True
+
+
 # ---- deadlines
 
 
@@ -63,7 +70,8 @@ def test_an_expired_sandbox_is_gone(make_sandbox):
 
     eventually(lambda: _gone(sandbox.sandbox_id), within=90, what="the sandbox expires")
 
-    assert sandbox.is_running() is False
+    # The edge may be cutting its connections in this moment.
+    eventually(lambda: not _runs(sandbox), within=30, what="it does not run")
     assert sandbox.kill() is False
     with pytest.raises(SandboxNotFoundException):
         Sandbox.connect(sandbox.sandbox_id)

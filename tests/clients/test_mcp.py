@@ -279,15 +279,19 @@ async def test_stdio_ends_with_its_input(emberbox):
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    client = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
-    initialize = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": client}
-    process.stdin.write(json.dumps(initialize).encode() + b"\n")
-    answered = json.loads(await asyncio.wait_for(process.stdout.readline(), seconds(240)))
+    try:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        client = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
+        initialize = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": client}
+        process.stdin.write(json.dumps(initialize).encode() + b"\n")
+        answered = json.loads(await asyncio.wait_for(process.stdout.readline(), seconds(240)))
 
-    process.stdin.close()
-    await asyncio.wait_for(process.wait(), seconds(60))
+        process.stdin.close()
+        await asyncio.wait_for(process.wait(), seconds(60))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
 
     assert answered["id"] == 1
     assert process.returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -327,6 +328,54 @@ def test_a_taken_port_is_named_with_its_option_and_nothing_is_left(stopped: Inst
     assert f"port {stopped.ports[index]} on 127.0.0.1 is taken" in refused.stderr
     assert f"choose another with {option}" in refused.stderr
     assert stopped.status()["running"] is False
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Instance:
+    """One whose start is going to fail."""
+    api_port, edge_port = free_ports(2)
+    network = claim_slot_network(str(tmp_path))
+    return Instance(
+        tmp_path / "data",
+        (api_port, edge_port),
+        {"EMBERBOX_SLOT_NETWORK": network, "EMBERBOX_RUNTIME": "container"},
+    )
+
+
+def test_a_store_that_cannot_be_used_is_told_and_nothing_is_left(fresh: Instance) -> None:
+    fresh.environment["EMBERBOX_DATABASE_URL"] = "nonsense"
+
+    done = fresh.up()
+
+    assert done.returncode == 1
+    assert "database" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [line for line in _command_lines() if str(fresh.data) in line] == []
+
+
+def test_a_background_process_hides_a_password_and_needs_no_standard_input(fresh: Instance) -> None:
+    """The database cannot be reached; while that is tried, the processes can be looked at."""
+    url = "postgresql://me:s3cret-word@127.0.0.1:1/none"
+    api, edge = fresh.ports
+    words = f"up --detach --data {fresh.data} --port {api} --edge-port {edge} --database-url {url}"
+    program = f"exec {sys.executable} -m emberbox {words} <&- 2> {fresh.data.parent}/said"
+    with subprocess.Popen(["sh", "-c", program], env={**os.environ, **fresh.environment}) as process:
+        log = fresh.data / "logs" / "supervisor.log"
+        until(lambda: log.exists() and "role.started" in log.read_text())
+        shown = [line for line in _command_lines() if " up --detach " in line and str(fresh.data) in line]
+        process.wait(240)
+
+    assert process.returncode == 1
+    assert len(shown) == 2  # the one that was called, and the one that serves
+    assert sum("s3cret-word" in line for line in shown) == 1
+
+
+def _command_lines() -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return found
 
 
 def test_status_of_what_has_never_run(tmp_path: Path) -> None:

@@ -83,11 +83,14 @@ class Lab:
         (self.state / "boot.json").write_text(json.dumps(asdict(boot)))
         try:
             self._wait_for_ssh(process, started + deadline)
-            raise_backlog(process.pid, ports.values())
         except BaseException:
             process.kill()
             process.wait()
             raise
+        try:
+            raise_backlog(process.pid, ports.values())
+        except OSError as error:
+            say(f"connections that come at once may be lost: {error}")
         say(f"up after {time.monotonic() - started:.0f} s")
         return boot
 

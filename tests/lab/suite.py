@@ -32,6 +32,10 @@ FAST = (
     "tests/clients/test_commands.py",
     "tests/clients/test_files.py",
     "tests/clients/test_cli.py",
+    "tests/clients/test_pty.py",
+    "tests/clients/test_streams_end.py",
+    "tests/clients/test_async_client.py",
+    "tests/clients/test_create.py",
 )
 ALL = ("tests/lab", "tests/clients")
 FAST_SECONDS = 1500.0

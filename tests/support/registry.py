@@ -189,7 +189,8 @@ class LocalRegistry:
         """Where it keeps what was pushed, one folder a digest."""
         self._address = address
         self.host = host
-        """`127.0.0.1:<port>`: what image names begin with, and what `insecure_registries` must list."""
+        """What image names begin with, and what `insecure_registries` must list: `127.0.0.1:<port>`, or as it is seen
+        from elsewhere."""
         self.user = user
         self.password = password
 

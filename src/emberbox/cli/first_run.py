@@ -70,8 +70,12 @@ def _control(settings: Settings, *arguments: str) -> dict[str, Any]:
 def _store(settings: Settings) -> str:
     """Its URL without the password."""
     from sqlalchemy import make_url  # a fifth of a second that only a failure is worth
+    from sqlalchemy.exc import ArgumentError
 
-    return make_url(settings.store_url).render_as_string(hide_password=True)
+    try:
+        return make_url(settings.store_url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return "of that URL"
 
 
 async def ensure_base(settings: Settings, reporter: Reporter) -> None:

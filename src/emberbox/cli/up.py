@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import fcntl
 import os
 import signal
 from contextlib import suppress
+from pathlib import Path
 
 import structlog
 
@@ -87,8 +90,7 @@ class _Instance:
         finally:
             stop.cancel()
             starting.cancel()
-            with suppress(asyncio.CancelledError, CliError):
-                await starting
+            await asyncio.gather(starting, return_exceptions=True)  # `result` has told, or nobody asks any more
             self._set_phase("stopping")
             await supervisor.stop_role("api")
             if self._end_sandboxes:
@@ -200,7 +202,8 @@ def up_in_background(settings: Settings) -> None:
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
-        _leave_terminal(output, keep=writing)
+        _hide_argument(settings.database_url)
+        writing = _leave_terminal(output, keep=writing)
         up_in_foreground(settings, report_to=writing)
         return
     os.close(output)
@@ -212,16 +215,33 @@ def up_in_background(settings: Settings) -> None:
             raise CliError(f"Emberbox ended while starting (code {code}); see {log_file}")
 
 
-def _leave_terminal(output: int, *, keep: int) -> None:
-    """Make this a background process that writes to `output` and has nothing else of its parent's open but `keep`."""
+def _leave_terminal(output: int, *, keep: int) -> int:
+    """Make this a background process that writes to `output` and has nothing else of its parent's open but `keep`.
+
+    Returns what `keep` is from now on: the parent may have been started with its standard streams closed.
+    """
     os.setsid()
-    nothing = os.open(os.devnull, os.O_RDONLY)
+    output, keep = (fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, 3) for each in (output, keep))
+    nothing = fcntl.fcntl(os.open(os.devnull, os.O_RDONLY), fcntl.F_DUPFD_CLOEXEC, 3)
     for number, source in enumerate((nothing, output, output)):
         os.dup2(source, number)
     for number in map(int, os.listdir("/proc/self/fd")):
         if number > 2 and number != keep:
             with suppress(OSError):  # the one that listed them
                 os.close(number)
+    return keep
+
+
+def _hide_argument(text: str | None) -> None:
+    """Overwrite an argument of this process's command line, which everybody on the host may read: it has a password."""
+    if not text:
+        return
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end, proc(5)
+    secret = text.encode()
+    found = ctypes.string_at(start, end - start).find(secret)
+    if found >= 0:
+        ctypes.memset(start + found, ord("x"), len(secret))
 
 
 def _runs_already(settings: Settings) -> bool:

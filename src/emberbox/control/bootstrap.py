@@ -11,7 +11,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -127,7 +127,8 @@ async def _team(accounts: Accounts, wanted: str) -> TeamRecord:
 
 def _protect(settings: Settings) -> None:
     for path in settings.api_dir.glob("emberbox.db*"):
-        os.chmod(path, 0o600)
+        with suppress(FileNotFoundError):  # a log that another process has just folded in
+            os.chmod(path, 0o600)
 
 
 def main() -> None:

@@ -325,9 +325,9 @@ def translated(error: grpc.aio.AioRpcError) -> errors.ControlError:
 
 def fork_failure(result: pb.ForkResult) -> errors.ControlError:
     """Why there is no copy: what a create would have failed with."""
-    code = _CODES.get(result.error_code, grpc.StatusCode.INTERNAL)
-    if code is grpc.StatusCode.INTERNAL:
-        return errors.NodeFailed(result.error, error_code="sandbox_create_failed")
+    code = _CODES.get(result.error_code)
+    if code not in _TRANSLATION:
+        return errors.NodeFailed(result.error or "the copy could not be started", error_code="sandbox_create_failed")
     return _failure(code, result.error)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +26,6 @@ from emberbox.store.records import BuildRecord, TeamRecord, TemplateRecord
 log = structlog.get_logger()
 
 _LOOK_SECONDS = 0.2
-_TEAM_SECONDS = 60.0
 _FAILED_FOR_MS = 60_000
 """A build on first use that failed is not begun again by the next create right away."""
 
@@ -225,10 +223,9 @@ class Shipped:
 
     async def _first_team(self) -> None:
         """Wait for it: `emberbox up` makes it in a process beside this one."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_TEAM_SECONDS * self._plane.settings.time_scale):
-                while not await team_rows.list_teams(self._plane.store):  # noqa: ASYNC110
-                    await asyncio.sleep(_LOOK_SECONDS)
+        while not await team_rows.list_teams(self._plane.store):
+            self._startup = Startup("waiting", "waiting for the first team")
+            await asyncio.sleep(_LOOK_SECONDS)
 
     async def _team(self) -> TeamRecord:
         """

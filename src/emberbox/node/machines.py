@@ -135,18 +135,13 @@ class Machines:
 
     # ---- create
 
-    async def create(self, new: NewSandbox, seed: Seed, *, asked: float | None = None) -> Status:
-        """Start a sandbox and return when its agent knows it. What that takes is not taken from its time.
-
-        Args:
-            asked: when the request came, by the monotonic clock; now, when not given.
+    async def create(self, new: NewSandbox, seed: Seed) -> Status:
+        """Start a sandbox and return when its agent knows it.
 
         Raises:
             AlreadyHere, NodeFull, DiskFull, LayerMissing, BadValue, AgentFailure: see there.
             Interrupted: it was killed meanwhile.
         """
-        if asked is None:
-            asked = time.monotonic()
         if new.sandbox_id in self.sandboxes:
             raise AlreadyHere(f"sandbox '{new.sandbox_id}' is already on this node")
         sandbox = self.sandboxes[new.sandbox_id] = Sandbox(new.sandbox_id)
@@ -155,7 +150,7 @@ class Machines:
             await self._check_room(before=sandbox)
             if sandbox.ending:  # a kill came while room was looked for
                 raise Interrupted(f"sandbox '{new.sandbox_id}': it was killed")
-            status = await sandbox.operate(lambda: self._create(sandbox, new, seed, asked))
+            status = await sandbox.operate(lambda: self._create(sandbox, new, seed))
         except BaseException:
             self.counts.creates_failed += 1
             if sandbox.record is None:
@@ -184,7 +179,8 @@ class Machines:
         if living + self.pool.size >= self.max_machines:
             await self.pool.make_room()
 
-    async def _create(self, sandbox: Sandbox, new: NewSandbox, seed: Seed, asked: float) -> Status:
+    async def _create(self, sandbox: Sandbox, new: NewSandbox, seed: Seed) -> Status:
+        began = time.monotonic()
         record = SandboxRecord(
             sandbox_id=new.sandbox_id,
             template_id=new.template_id,
@@ -206,9 +202,8 @@ class Machines:
         warm = hosted is not None
         if hosted is None:
             hosted = await self._start_cold(seed, record)
-        ms = round((time.monotonic() - asked) * 1000)
-        record = replace(record, deadline_ms=record.deadline_ms + ms)
         await finish(self._settle_created(sandbox, hosted, record))
+        ms = round((time.monotonic() - began) * 1000, 1)
         log.info("sandbox.created", sandbox_id=new.sandbox_id, warm=warm, ms=ms)
         return sandbox.status()
 
@@ -268,11 +263,16 @@ class Machines:
         return bool(leaving)
 
     async def run_on(self, sandbox: Sandbox, hosted: Hosted, record: SandboxRecord) -> None:
-        """Write that the sandbox runs on this machine, and look after it from now on."""
+        """Write that the sandbox runs on this machine, and look after it from now on.
+
+        What starting took since the record was made is not taken from its time.
+        """
+        took = max(0, now_ms() - record.started_ms)
         await self.store(
             sandbox,
             replace(
                 record,
+                deadline_ms=record.deadline_ms + took,
                 state=State.RUNNING,
                 boot_id=self.boot_id,
                 upper=hosted.spec.upper.name,

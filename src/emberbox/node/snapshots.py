@@ -173,19 +173,21 @@ class Snapshots:
             NoSuchSandbox, WrongState, RuntimeFailure: the source could not be saved.
         """
         self._machines.find(sandbox_id).require(State.RUNNING)
-        asked = time.monotonic()
+        began = time.monotonic()
         snapshot_id = f"fork{secrets.token_hex(8)}"
         meta = await self.take(sandbox_id, snapshot_id, memory=True)
         try:
-            return await asyncio.gather(*(self._fork_one(meta, new, asked) for new in news))
+            took = round((time.monotonic() - began) * 1000)  # not taken from the copies' time
+            later = [replace(new, deadline_ms=new.deadline_ms + took) for new in news]
+            return await asyncio.gather(*(self._fork_one(meta, new) for new in later))
         finally:
             await finish(remove_tree(self._directory / snapshot_id))
 
-    async def _fork_one(self, meta: SnapshotMeta, new: NewSandbox, asked: float) -> Status | Exception:
+    async def _fork_one(self, meta: SnapshotMeta, new: NewSandbox) -> Status | Exception:
         try:
             seed = await self._seed(meta.snapshot_id, new.limits)
-            return await self._machines.create(new, replace(seed, limits=meta.limits), asked=asked)
-        except (NodeError, RuntimeFailure, OSError) as error:
+            return await self._machines.create(new, replace(seed, limits=meta.limits))
+        except Exception as error:  # of one; the others go on
             return error
 
     # ---- end

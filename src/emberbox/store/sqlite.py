@@ -10,7 +10,9 @@ one). Readers have threads and connections of their own and see the last commit 
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -25,8 +27,9 @@ from emberbox.store.connection import Rows
 T = TypeVar("T")
 
 _READERS = 2
+_WAL = "PRAGMA journal_mode=WAL"
+_WAL_SECONDS = 10.0
 _PRAGMAS = (
-    "PRAGMA journal_mode=WAL",
     # With WAL a crash of the process loses nothing; a power cut may lose the last commits but never corrupts.
     "PRAGMA synchronous=NORMAL",
     "PRAGMA foreign_keys=ON",
@@ -230,7 +233,21 @@ def _engine(url: URL) -> Engine:
     def _on_connect(dbapi_connection: Any, _record: Any) -> None:
         # Transactions are begun and ended by our own statements.
         dbapi_connection.isolation_level = None
+        _use_wal(dbapi_connection)
         for pragma in _PRAGMAS:
             dbapi_connection.execute(pragma)
 
     return engine
+
+
+def _use_wal(dbapi_connection: Any) -> None:
+    """Two processes that open a new file at once both switch it, and SQLite lets neither wait for the other then."""
+    end = time.monotonic() + _WAL_SECONDS
+    while True:
+        try:
+            dbapi_connection.execute(_WAL)
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > end:
+                raise
+        time.sleep(0.01)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from tests.clients.support.instance import ROOT, Emberbox
 from tests.clients.support.timing import seconds
@@ -100,7 +101,7 @@ class Host:
 
 def host_of(emberbox: Emberbox) -> Host | str:
     """The host, or why there is none to run commands on."""
-    port = int(emberbox.api_url.rsplit(":", 1)[1])
+    port = urlsplit(emberbox.api_url).port or 0
     if emberbox.data_dir is not None:
         return Host(emberbox, port, emberbox.data_dir) if os.geteuid() == 0 else "needs root"
     lab = Lab()

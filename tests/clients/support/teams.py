@@ -1,7 +1,7 @@
-"""Another team beside the one whose key the tests have.
+"""Another team beside the one whose key the tests have, and what that one may ask for.
 
-`python -m tests.clients.support.teams DATA_DIR` makes one where the database is, and prints it: there is no public
-operation for it.
+`python -m tests.clients.support.teams DATA_DIR` makes a team where the database is, and prints it; with two numbers it
+sets the first team's requests a second and their burst, and prints what they were. There is no public operation for it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sqlalchemy import update
+
 from emberbox.control.accounts import Accounts
 from emberbox.settings import Settings
 from emberbox.store.engine import Store
+from emberbox.store.tables import teams
+from emberbox.store.teams import list_teams
 
 if TYPE_CHECKING:
     from tests.clients.support.host import Host
@@ -34,6 +38,25 @@ def new_team(host: Host) -> OtherTeam:
     return OtherTeam(**json.loads(printed.splitlines()[-1]))
 
 
+def set_request_rate(host: Host, per_second: int, burst: int) -> tuple[int, int]:
+    """Limit the first team's requests; returns what it had. A restart with other settings does not change a team."""
+    printed = host.module("tests.clients.support.teams", host.data_dir, str(per_second), str(burst))
+    before = json.loads(printed.splitlines()[-1])
+    return before["per_second"], before["burst"]
+
+
+async def _set_rate(data_dir: Path, per_second: int, burst: int) -> dict[str, int]:
+    store = Store(Settings(data_dir=data_dir).store_url)
+    try:
+        first = next(team for team in await list_teams(store) if team.is_default)
+        changed = update(teams).where(teams.c.id == first.id).values(rate_per_second=per_second, rate_burst=burst)
+        async with store.write() as connection:
+            await connection.execute(changed)
+        return {"per_second": first.rate_per_second, "burst": first.rate_burst}
+    finally:
+        await store.close()
+
+
 async def _make(data_dir: Path) -> OtherTeam:
     settings = Settings(data_dir=data_dir)
     store = Store(settings.store_url)
@@ -47,4 +70,8 @@ async def _make(data_dir: Path) -> OtherTeam:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(asyncio.run(_make(Path(sys.argv[1]))))))
+    place, *rate = sys.argv[1:]
+    if rate:
+        print(json.dumps(asyncio.run(_set_rate(Path(place), *map(int, rate)))))
+    else:
+        print(json.dumps(asdict(asyncio.run(_make(Path(place))))))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,3 +134,31 @@ async def test_a_snapshot_from_before_there_were_rates_has_none_and_a_template_h
 
     assert [build.rates for build in builds if build] == [{}, NONE]
     assert asked == [50, 0]
+
+
+def test_two_processes_may_open_and_migrate_a_new_file_at_once(tmp_path: Path) -> None:
+    program = (
+        "import asyncio, sys\n"
+        "from emberbox.store.engine import Store\n"
+        "from emberbox.store.migrate import migrate, revision\n"
+        "async def main():\n"
+        "    sys.stdin.readline()\n"
+        "    store = Store(sys.argv[1])\n"
+        "    await migrate(store)\n"
+        "    print(await revision(store))\n"
+        "    await store.close()\n"
+        "asyncio.run(main())\n"
+    )
+    argv = [sys.executable, "-c", program, f"sqlite:///{tmp_path}/new.db"]
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            for _ in range(4)
+        ]
+        for process in started:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        found = [process.communicate(timeout=120)[0].split() for process in started]
+
+    assert [words[-1:] for words in found] == [[HEAD]] * 4

@@ -509,6 +509,41 @@ async def test_what_a_start_takes_is_not_taken_from_the_sandbox_s_time(make_worl
     assert 200 <= created.deadline_ms - deadline < 30_000
 
 
+async def test_what_the_save_before_a_fork_takes_is_not_taken_from_the_copy_s_time(make_world: Any) -> None:
+    world = await make_world()
+    await world.create("s1")
+    reached = world.runtime.hold("save")
+    deadline = later(60_000)
+
+    fork = asyncio.create_task(
+        world.node.snapshots.fork("s1", [world.new("f1", image=None, snapshot_id="fork", deadline_ms=deadline)])
+    )
+    await reached.wait()
+    await asyncio.sleep(0.2)
+    world.runtime.gates["save"].set()
+    (copy,) = await fork
+
+    assert 200 <= copy.deadline_ms - deadline < 30_000
+
+
+async def test_what_a_resume_takes_is_not_taken_from_the_sandbox_s_time(make_world: Any) -> None:
+    world = await make_world()
+    await world.create("s1")
+    await world.node.machines.pause("s1", memory=False)
+    reached = world.runtime.hold("start")
+    deadline = later(60_000)
+
+    resume = asyncio.create_task(
+        world.node.machines.resume("s1", deadline_ms=deadline, on_timeout=None, discard_memory=False)
+    )
+    await reached.wait()
+    await asyncio.sleep(0.2)
+    world.runtime.gates["start"].set()
+    resumed = await resume
+
+    assert 200 <= resumed.deadline_ms - deadline < 30_000
+
+
 async def test_a_snapshot_deleted_while_it_is_used_goes_afterwards(make_world: Any) -> None:
     world = await make_world()
     await world.create("s1")
