@@ -30,6 +30,8 @@ AGENT_PORT = 49983
 CONTROL_HEADER = "X-Ember-Control"
 
 _CONNECT_SECONDS = 0.1
+_ANSWER_SECONDS = 5.0
+_FLUSH_SECONDS = 60.0
 """For one attempt while waiting for the agent: the kernel repeats a SYN that was dropped after a whole second."""
 _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.001, 0.02
 _READ_BYTES = 64 * 1024
@@ -96,9 +98,13 @@ class Agent:
         """
         await self._control("POST", "/init", make_body=make_body, expect=(200, 204), within=within)
 
-    async def freeze_files(self) -> None:
-        """Flush the guest's file systems to the disk and hold writes until the machine ends or `thaw_files`."""
-        await self._control("POST", "/fsfreeze", expect=(204,))
+    async def freeze_files(self, *, seconds: float = _FLUSH_SECONDS) -> None:
+        """Flush the guest's file systems to the disk and hold writes until the machine ends or `thaw_files`.
+
+        Args:
+            seconds: what it may take; a guest holds back a fifth of its memory.
+        """
+        await self._control("POST", "/fsfreeze", expect=(204,), seconds=seconds)
 
     async def thaw_files(self) -> None:
         """Undo `freeze_files`."""
@@ -209,10 +215,11 @@ class Agent:
         *,
         make_body: Callable[[], dict[str, Any]] | None = None,
         expect: tuple[int, ...],
+        seconds: float = _ANSWER_SECONDS,
         within: float | None = None,
     ) -> _Response:
         route = target.partition("?")[0]
-        limit = 5 * self._scale if within is None else within
+        limit = seconds * self._scale if within is None else within
         headers = {CONTROL_HEADER: self._secret, "Content-Type": "application/json"}
         try:
             async with asyncio.timeout(limit):

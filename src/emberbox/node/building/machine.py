@@ -22,7 +22,7 @@ from emberbox.runtime.errors import RuntimeFailure
 
 _UPLOAD_SECONDS = 1800.0
 _SHORT_SECONDS = 120.0
-_SYNC_SECONDS = 600.0
+_FLUSH_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +139,7 @@ class BuildMachine:
         """Copy the machine's disk into an empty folder, as `upper.ext4`, with everything written so far."""
         remembers = self._hosting.runtime.capabilities.memory_snapshots
         if remembers:  # a guest kernel holds what was written until it is told to let go
-            await self.do("sync", seconds=_SYNC_SECONDS)  # most of it at first: freezing has little time
-            await self._hosted.agent.freeze_files()
+            await self._hosted.agent.freeze_files(seconds=_FLUSH_SECONDS)
         try:
             saved = await self._hosted.machine.save(into, memory=False)
         finally:
