@@ -29,9 +29,9 @@ from emberbox.node.errors import AgentFailure
 AGENT_PORT = 49983
 CONTROL_HEADER = "X-Ember-Control"
 
-_CONNECT_SECONDS = 0.1
 _ANSWER_SECONDS = 5.0
 _FLUSH_SECONDS = 60.0
+_CONNECT_SECONDS = 0.1
 """For one attempt while waiting for the agent: the kernel repeats a SYN that was dropped after a whole second."""
 _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.001, 0.02
 _READ_BYTES = 64 * 1024
