@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from e2b import CommandExitException, NotFoundException, PtySize
 
-from tests.clients.support.timing import seconds
+from tests.clients.support.timing import eventually, seconds
 
 
 def _run(sandbox, typed: bytes, **options) -> tuple[str, int]:
@@ -56,9 +56,11 @@ def test_control_c_interrupts_the_foreground_command(sandbox):
     output = bytearray()
     events = iter(pty)
 
-    sandbox.pty.send_stdin(pty.pid, b"echo rea''dy; sleep 1000; echo status=$?\n")
+    sandbox.pty.send_stdin(pty.pid, b"echo rea''dy; sleep 1234; echo status=$?\n")
     while b"ready" not in output:
         output.extend(next(events)[2] or b"")
+    # Before the command has the terminal, the signal is the shell's.
+    eventually(lambda: sandbox.commands.run("pgrep -f -x 'sleep 1234' || true").stdout, what="the command runs")
     sandbox.pty.send_stdin(pty.pid, b"\x03")
     sandbox.pty.send_stdin(pty.pid, b"echo still here; exit\n")
     for _, _, chunk in events:

@@ -33,7 +33,6 @@ FAST = (
     "tests/clients/test_files.py",
     "tests/clients/test_cli.py",
     "tests/clients/test_pty.py",
-    "tests/clients/test_streams_end.py",
     "tests/clients/test_async_client.py",
     "tests/clients/test_create.py",
 )
