@@ -180,16 +180,22 @@ def folder(sandbox: Sandbox, request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def lab_settings() -> Iterator[Callable[[Mapping[str, str]], None]]:
+def lab_host() -> Host | None:
+    """The lab, when the Emberbox that was given is the one in it."""
+    found = host_of(GIVEN) if GIVEN is not None else None
+    return found if isinstance(found, Host) else None
+
+
+@pytest.fixture(scope="session")
+def lab_settings(lab_host: Host | None) -> Iterator[Callable[[Mapping[str, str]], None]]:
     """In the lab: `lab_settings({...})` has Emberbox restarted when it runs with other settings. Elsewhere nothing."""
-    found = host_of(GIVEN) if GIVEN is not None else ""
     now: Mapping[str, str] | None = {}
 
     def use(settings: Mapping[str, str]) -> None:
         nonlocal now
-        if isinstance(found, Host) and settings != now:
+        if lab_host is not None and settings != now:
             now = None  # until it has started
-            found.restart(settings)
+            lab_host.restart(settings)
             now = dict(settings)
 
     yield use
@@ -197,13 +203,15 @@ def lab_settings() -> Iterator[Callable[[Mapping[str, str]], None]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _lab_has_settings(request: pytest.FixtureRequest, lab_settings: Callable[[Mapping[str, str]], None]) -> None:
+def _lab_has_settings(
+    request: pytest.FixtureRequest, lab_host: Host | None, lab_settings: Callable[[Mapping[str, str]], None]
+) -> None:
     """The lab has one Emberbox: it runs with what a module's own one would have."""
-    if GIVEN is None or isinstance(host_of(GIVEN), str):
+    if lab_host is None:
         return
     of_module = [item for item in request.session.items if item.path == request.path]
     if any("building" in getattr(item, "fixturenames", ()) for item in of_module):
-        lab_settings(_builder_settings(_host_of(GIVEN).tree, request.getfixturevalue("registries")))
+        lab_settings(_builder_settings(lab_host.tree, request.getfixturevalue("registries")))
     else:
         lab_settings(getattr(request.module, "SETTINGS", {}))
 
@@ -236,13 +244,12 @@ def breakable(own_emberbox: Emberbox) -> Host:
 
 
 @pytest.fixture(scope="session")
-def registries() -> Iterator[tuple[LocalRegistry, ...]]:
+def registries(lab_host: Host | None) -> Iterator[tuple[LocalRegistry, ...]]:
     """A registry for everybody and one that asks for a password; none where they cannot run."""
     if registry.missing():
         yield ()
         return
-    in_lab = GIVEN is not None and isinstance(found := host_of(GIVEN), Host) and found.lab is not None
-    seen_as = QEMU_HOST if in_lab else ""
+    seen_as = QEMU_HOST if lab_host is not None else ""
     with (
         registry.local_registry(seen_as=seen_as) as everybodys,
         registry.local_registry(user="me", password="s3cret", seen_as=seen_as) as private,

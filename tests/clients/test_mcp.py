@@ -268,17 +268,14 @@ async def test_fifty_sessions_at_once(emberbox):
     assert heard == [f"{number}\n" for number in range(50)]
 
 
+async def stdio_process(emberbox: Emberbox, **streams: int) -> asyncio.subprocess.Process:
+    """`emberbox mcp`, with its streams by hand."""
+    argv = (sys.executable, "-m", "emberbox", "mcp")
+    return await asyncio.create_subprocess_exec(*argv, env=emberbox.client_env, cwd=ROOT, **streams)
+
+
 async def test_stdio_ends_with_its_input(emberbox):
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "emberbox",
-        "mcp",
-        env=emberbox.client_env,
-        cwd=ROOT,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
+    process = await stdio_process(emberbox, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE)
     try:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -299,17 +296,8 @@ async def test_stdio_ends_with_its_input(emberbox):
 
 async def test_stdio_says_what_is_wrong_with_a_key(emberbox):
     wrong = Emberbox(emberbox.api_url, emberbox.sandbox_url, "e2b_" + "0" * 40)
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "emberbox",
-        "mcp",
-        env=wrong.client_env,
-        cwd=ROOT,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    pipe = asyncio.subprocess.PIPE
+    process = await stdio_process(wrong, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe)
     out, err = await asyncio.wait_for(process.communicate(), seconds(240))
 
     assert process.returncode == 1

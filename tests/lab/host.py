@@ -89,7 +89,7 @@ class Lab:
             raise
         try:
             raise_backlog(process.pid, ports.values())
-        except OSError as error:
+        except (OSError, LookupError) as error:
             say(f"connections that come at once may be lost: {error}")
         say(f"up after {time.monotonic() - started:.0f} s")
         return boot

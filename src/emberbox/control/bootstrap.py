@@ -25,6 +25,7 @@ from emberbox.settings import Settings, get_settings
 from emberbox.store.engine import Store
 from emberbox.store.migrate import migrate
 from emberbox.store.records import CredentialRecord, TeamRecord
+from emberbox.store.teams import default_team
 
 log = structlog.get_logger()
 
@@ -50,7 +51,7 @@ async def bootstrap(settings: Settings) -> Bootstrapped:
     try:
         migrated = await migrate(store)
         accounts = Accounts(store, settings)
-        team = await _default_team(accounts)
+        team = await default_team(store) or await accounts.add_team("Default", DEFAULT_TEAM, is_default=True)
         first: NewCredential | None = None
         if not await accounts.credentials("api_key", None):
             first = await accounts.add_credential("api_key", team, "first key")
@@ -109,13 +110,6 @@ async def _accounts(settings: Settings) -> AsyncIterator[Accounts]:
         yield Accounts(store, settings)
     finally:
         await store.close()
-
-
-async def _default_team(accounts: Accounts) -> TeamRecord:
-    for team in await accounts.teams():
-        if team.is_default:
-            return team
-    return await accounts.add_team("Default", DEFAULT_TEAM, is_default=True)
 
 
 async def _team(accounts: Accounts, wanted: str) -> TeamRecord:

@@ -223,7 +223,7 @@ class Shipped:
 
     async def _first_team(self) -> None:
         """Wait for it: `emberbox up` makes it in a process beside this one."""
-        while not await team_rows.list_teams(self._plane.store):
+        while await team_rows.default_team(self._plane.store) is None:
             self._startup = Startup("waiting", "waiting for the first team")
             await asyncio.sleep(_LOOK_SECONDS)
 
@@ -232,10 +232,10 @@ class Shipped:
         Raises:
             NotFound: there is no team yet.
         """
-        for team in await team_rows.list_teams(self._plane.store):
-            if team.is_default:
-                return team
-        raise NotFound("there is no default team yet; run `emberbox up`, or `python -m emberbox.control.bootstrap`")
+        team = await team_rows.default_team(self._plane.store)
+        if team is None:
+            raise NotFound("there is no default team yet; run `emberbox up`, or `python -m emberbox.control.bootstrap`")
+        return team
 
     async def _latest(self, team: TeamRecord, name: str) -> BuildRecord | None:
         """The newest build that was started."""

@@ -24,6 +24,7 @@ from emberbox.node.model import State, Status, TimeoutAction, now_ms
 from emberbox.node.records import SandboxRecord, SavedFacts
 from emberbox.node.sandbox import Sandbox
 from emberbox.node.tasks import finish
+from emberbox.runtime.base import Saved
 from emberbox.runtime.errors import RuntimeFailure
 from emberbox.threads import to_thread_whole
 
@@ -199,16 +200,7 @@ class Pausing:
             saved = replace(saved, memory=False)
         secret = "" if discard_memory else running.saved.secret
         await sandbox.left()  # what the last machine holds of the saved memory need not be copied once it has ended
-        hosted = await self._machines.with_room(
-            lambda: self._machines.preparing.machine(
-                running.image,
-                running.limits,
-                identity.again(running),
-                saved=saved,
-                saved_secret=secret,
-                network=running.network,
-            )
-        )
+        hosted = await self._start_again(running, saved, secret=secret)
         await finish(self._settle_running(sandbox, hosted, running, used_up=directory))
 
     async def _resume_files(self, sandbox: Sandbox, running: SandboxRecord) -> None:
@@ -221,17 +213,23 @@ class Pausing:
         self._hosting.check_unused(upper)
         assert running.saved is not None
         saved = running.saved.within(self._hosting.uppers_dir)
-        hosted = await self._machines.with_room(
+        hosted = await self._start_again(running, saved, upper=upper)
+        await finish(self._settle_running(sandbox, hosted, running, used_up=None))
+
+    async def _start_again(
+        self, running: SandboxRecord, saved: Saved, *, secret: str = "", upper: Path | None = None
+    ) -> Hosted:
+        return await self._machines.with_room(
             lambda: self._machines.preparing.machine(
                 running.image,
                 running.limits,
                 identity.again(running),
                 saved=saved,
+                saved_secret=secret,
                 upper=upper,
                 network=running.network,
             )
         )
-        await finish(self._settle_running(sandbox, hosted, running, used_up=None))
 
     async def _settle_running(
         self, sandbox: Sandbox, hosted: Hosted, running: SandboxRecord, *, used_up: Path | None

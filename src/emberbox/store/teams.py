@@ -48,6 +48,11 @@ async def list_teams(store: Store) -> list[TeamRecord]:
         return [TeamRecord(**fields(row)) for row in rows]
 
 
+async def default_team(store: Store) -> TeamRecord | None:
+    """The first team, to which the templates that ship with Emberbox belong; None before it was made."""
+    return next((team for team in await list_teams(store) if team.is_default), None)
+
+
 async def add_credential(store: Store, kind: CredentialKind, record: CredentialRecord) -> None:
     await store.write_one(insert(_TABLES[kind]).values(values(record)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -61,15 +62,8 @@ class Host:
     def module(self, module: str, *arguments: str) -> str:
         """Run a Python module of this project and return what it printed."""
         words = (module, *arguments)
-        if self.lab is None:
-            done = subprocess.run(
-                [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=seconds(60),
-                check=False,
-            )  # fmt: skip
-        else:
-            done = self._run(in_emberbox(*words))
-        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
-        return done.stdout
+        here = f"cd {ROOT} && {shlex.join([sys.executable, '-m', *words])}"
+        return self.run(here if self.lab is None else in_emberbox(*words))
 
     def restart(self, settings: Mapping[str, str]) -> None:
         """End the lab's Emberbox with all its sandboxes, and start it with these settings beside the lab's own."""

@@ -20,7 +20,7 @@ from emberbox.control.accounts import Accounts
 from emberbox.settings import Settings
 from emberbox.store.engine import Store
 from emberbox.store.tables import teams
-from emberbox.store.teams import list_teams
+from emberbox.store.teams import default_team
 
 if TYPE_CHECKING:
     from tests.clients.support.host import Host
@@ -48,7 +48,8 @@ def set_request_rate(host: Host, per_second: int, burst: int) -> tuple[int, int]
 async def _set_rate(data_dir: Path, per_second: int, burst: int) -> dict[str, int]:
     store = Store(Settings(data_dir=data_dir).store_url)
     try:
-        first = next(team for team in await list_teams(store) if team.is_default)
+        first = await default_team(store)
+        assert first is not None
         changed = update(teams).where(teams.c.id == first.id).values(rate_per_second=per_second, rate_burst=burst)
         async with store.write() as connection:
             await connection.execute(changed)

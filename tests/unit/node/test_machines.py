@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
 import pytest
@@ -495,16 +496,21 @@ async def test_forks_are_copies_and_the_fork_leaves_no_snapshot(make_world: Any,
     assert world.left().get("snapshots") is None
 
 
-async def test_what_a_start_takes_is_not_taken_from_the_sandbox_s_time(make_world: Any) -> None:
-    world = await make_world()
-    reached = world.runtime.hold("start")
-    deadline = later(60_000)
-
-    create = asyncio.create_task(world.create("s1", deadline_ms=deadline))
+async def held_for_a_while(world: Any, point: str, going: Coroutine[Any, Any, Any]) -> Any:
+    """What `going` returns when it was held at `point` for 200 ms."""
+    reached = world.runtime.hold(point)
+    task = asyncio.create_task(going)
     await reached.wait()
     await asyncio.sleep(0.2)
-    world.runtime.gates["start"].set()
-    created = await create
+    world.runtime.gates[point].set()
+    return await task
+
+
+async def test_what_a_start_takes_is_not_taken_from_the_sandbox_s_time(make_world: Any) -> None:
+    world = await make_world()
+    deadline = later(60_000)
+
+    created = await held_for_a_while(world, "start", world.create("s1", deadline_ms=deadline))
 
     assert 200 <= created.deadline_ms - deadline < 30_000
 
@@ -512,16 +518,10 @@ async def test_what_a_start_takes_is_not_taken_from_the_sandbox_s_time(make_worl
 async def test_what_the_save_before_a_fork_takes_is_not_taken_from_the_copy_s_time(make_world: Any) -> None:
     world = await make_world()
     await world.create("s1")
-    reached = world.runtime.hold("save")
     deadline = later(60_000)
+    new = world.new("f1", image=None, snapshot_id="fork", deadline_ms=deadline)
 
-    fork = asyncio.create_task(
-        world.node.snapshots.fork("s1", [world.new("f1", image=None, snapshot_id="fork", deadline_ms=deadline)])
-    )
-    await reached.wait()
-    await asyncio.sleep(0.2)
-    world.runtime.gates["save"].set()
-    (copy,) = await fork
+    (copy,) = await held_for_a_while(world, "save", world.node.snapshots.fork("s1", [new]))
 
     assert 200 <= copy.deadline_ms - deadline < 30_000
 
@@ -530,16 +530,10 @@ async def test_what_a_resume_takes_is_not_taken_from_the_sandbox_s_time(make_wor
     world = await make_world()
     await world.create("s1")
     await world.node.machines.pause("s1", memory=False)
-    reached = world.runtime.hold("start")
     deadline = later(60_000)
+    resume = world.node.machines.resume("s1", deadline_ms=deadline, on_timeout=None, discard_memory=False)
 
-    resume = asyncio.create_task(
-        world.node.machines.resume("s1", deadline_ms=deadline, on_timeout=None, discard_memory=False)
-    )
-    await reached.wait()
-    await asyncio.sleep(0.2)
-    world.runtime.gates["start"].set()
-    resumed = await resume
+    resumed = await held_for_a_while(world, "start", resume)
 
     assert 200 <= resumed.deadline_ms - deadline < 30_000
 
