@@ -170,7 +170,7 @@ class Lab:
             *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
             *(
                 "-append",
-                f"console=ttyS0 reboot=t panic=-1 mitigations=off nokaslr quiet lab.key={key}",
+                f"console=ttyS0 reboot=t panic=-1 mitigations=off tsc=reliable nokaslr quiet lab.key={key}",
             ),
             # snapshot=on: writes go to an unlinked temporary file in TMPDIR, never to the cached image.
             *("-drive", f"file={image.disk},if=none,id=disk,format=raw,cache=unsafe,snapshot=on"),
