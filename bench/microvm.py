@@ -1,8 +1,10 @@
 """Firecracker sandboxes against a bare Firecracker that loads the same memory: ratios, which hold in the lab too.
 
-The floor is what nobody can avoid: spawn Firecracker in a prepared namespace, load the template's memory, and wait for
-the agent's first answer; no jailer, no API, no database. Run it as root on the host of the running Emberbox. Ratios say
-what a KVM host would show; milliseconds are the lab's own.
+The floor is what nobody can avoid: spawn Firecracker in a prepared namespace, load the same files, and wait for the
+agent's first answer; no jailer, no API, no database. For a create these are the template's, for a resume those of a
+sandbox that was paused alike and that nobody has restored yet: its memory is a file of its own, with nothing of it in
+any cache of the processor, or of an emulation. Run it as root on the host of the running Emberbox. Ratios say what a
+KVM host would show; milliseconds are the lab's own.
 """
 
 from __future__ import annotations
@@ -41,11 +43,17 @@ FORKS = (1, 20)
 
 
 @dataclass(frozen=True)
-class Template:
-    """A template's saved memory on the node, and the layers under it."""
+class SavedMachine:
+    """A saved machine on the node, and the layers under it."""
 
     directory: Path
     layers: tuple[Path, ...]
+
+    @property
+    def memory(self) -> Path:
+        """The one file that it is loaded from."""
+        pieces = snapshots.read_manifest(self.directory).pieces
+        return self.directory / (pieces[0].name if len(pieces) == 1 else snapshots.WHOLE)
 
 
 class Unix(http.client.HTTPConnection):
@@ -137,16 +145,15 @@ def bare_namespace() -> Iterator[None]:
         netns.delete(NAME)
 
 
-def bare_restore(template: Template, firecracker: Path, work: Path) -> tuple[dict[str, float], ProcessId, Path]:
+def bare_restore(saved: SavedMachine, firecracker: Path, work: Path) -> tuple[dict[str, float], ProcessId, Path]:
     """Lay the files out, then measure spawn, load and the first answer of the agent."""
     root = work / "root"
     root.mkdir(parents=True)
-    manifest = snapshots.read_manifest(template.directory)
-    os.link(template.directory / manifest.pieces[0].name, root / "memory")
-    os.link(template.directory / snapshots.STATE, root / "state")
-    for number, layer in enumerate(template.layers):
+    os.link(saved.memory, root / "memory")
+    os.link(saved.directory / snapshots.STATE, root / "state")
+    for number, layer in enumerate(saved.layers):
         os.link(layer, root / f"layer{number}")
-    sparse.clone(template.directory / snapshots.UPPER, root / "upper")
+    sparse.clone(saved.directory / snapshots.UPPER, root / "upper")
     (root / "firecracker").write_bytes(firecracker.read_bytes())
     (root / "firecracker").chmod(0o755)
     (root / "dev").mkdir()
@@ -185,14 +192,6 @@ def bare_pause(socket: Path) -> float:
         "/snapshot/create",
         {"snapshot_type": "Diff", "snapshot_path": "/state.new", "mem_file_path": "/memory.new"},
     )
-    return time.perf_counter() - began
-
-
-def bare_resume(socket: Path) -> float:
-    """Go on after `bare_pause`, until the agent answers: what a claim from the pool cannot avoid."""
-    began = time.perf_counter()
-    _put(socket, "PATCH", "/vm", {"state": "Resumed"})
-    _until(_agent_answers)
     return time.perf_counter() - began
 
 
@@ -243,28 +242,40 @@ def _until(check: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def floor(template: Template, firecracker: Path, work: Path, runs: int) -> dict[str, list[float]]:
+def floor(template: SavedMachine, firecracker: Path, work: Path, runs: int) -> dict[str, list[float]]:
     """Bare figures, in seconds and `memory` in MiB, of `runs` machines one after the other."""
-    found: dict[str, list[float]] = {name: [] for name in ("spawn", "load", "whole", "memory", "pause", "resume")}
-    for number in range(runs):
-        place = work / f"floor{number}"
+    found: dict[str, list[float]] = {name: [] for name in ("spawn", "load", "whole", "memory", "pause")}
+    for _ in range(runs):
         with bare_namespace():
-            times, identity, socket = bare_restore(template, firecracker, place)
+            times, identity, socket = bare_restore(template, firecracker, work)
             times["memory"] = written_mib(identity.pid)
             _dirty(f"{MACHINE}:{AGENT_PORT}", {})
             times["pause"] = bare_pause(socket)
-            times["resume"] = bare_resume(socket)
             end_and_wait(identity, GIVE_UP_SECONDS)
-        subprocess.run(["rm", "-rf", str(place)], check=True)
+        subprocess.run(["rm", "-rf", str(work)], check=True)
         for name, value in times.items():
             found[name].append(value)
     return found
 
 
-def ours(api: Api, runs: int, rest: float) -> dict[str, list[float]]:
-    """The same through Emberbox's API. In `rest` seconds between two steps the pool fills and memory is merged."""
-    found: dict[str, list[float]] = {"create": [], "pause": [], "resume": []}
-    for _ in range(runs):
+def floor_of_paused(saved: SavedMachine, firecracker: Path, work: Path) -> float:
+    """Seconds until a machine that was paused answers when it is restored bare."""
+    _until(saved.memory.exists)
+    with bare_namespace():
+        times, identity, _ = bare_restore(saved, firecracker, work)
+        end_and_wait(identity, GIVE_UP_SECONDS)
+    subprocess.run(["rm", "-rf", str(work)], check=True)
+    return times["whole"]
+
+
+def ours(api: Api, runs: int, rest: float, bare_resume: Callable[[str], float] | None = None) -> dict[str, list[float]]:
+    """The same through Emberbox's API. In `rest` seconds between two steps the pool fills and memory is merged.
+
+    Args:
+        bare_resume: what measures the floor of a sandbox's resume; every other sandbox goes to it.
+    """
+    found: dict[str, list[float]] = {"create": [], "pause": [], "resume": [], "bare resume": []}
+    for number in range(runs if bare_resume is None else 2 * runs):
         time.sleep(rest)
         made, seconds = _create(api)
         sandbox = made["sandboxID"]
@@ -275,9 +286,12 @@ def ours(api: Api, runs: int, rest: float) -> dict[str, list[float]]:
         api.ask("POST", f"/sandboxes/{sandbox}/pause")
         found["pause"].append(time.perf_counter() - began)
         time.sleep(rest)
-        began = time.perf_counter()
-        api.ask("POST", f"/sandboxes/{sandbox}/connect", {"timeout": 3600})
-        found["resume"].append(time.perf_counter() - began)
+        if bare_resume is not None and number % 2:
+            found["bare resume"].append(bare_resume(sandbox))
+        else:
+            began = time.perf_counter()
+            api.ask("POST", f"/sandboxes/{sandbox}/connect", {"timeout": 3600})
+            found["resume"].append(time.perf_counter() - began)
         api.ask("DELETE", f"/sandboxes/{sandbox}")
     return found
 
@@ -361,12 +375,17 @@ def measure(args: argparse.Namespace) -> Result:
     template = _template(settings)
     work = settings.node_dir / "bench"
     firecracker = settings.firecracker or settings.node_dir / "firecracker" / "firecracker"
+
+    def bare_resume(sandbox: str) -> float:
+        (directory,) = settings.node_dir.glob(f"saved/{sandbox}-*")
+        return floor_of_paused(SavedMachine(directory, template.layers), firecracker, work)
+
     try:
         bare = floor(template, firecracker, work, args.runs)
+        through = ours(api, args.runs, args.rest, bare_resume)
     finally:
         subprocess.run(["rm", "-rf", str(work)], check=True)
-    through = ours(api, args.runs, rest=args.rest)
-    bare["bare pause"], bare["bare resume"] = bare.pop("pause"), bare.pop("resume")
+    bare["bare pause"] = bare.pop("pause")
     bare_memory = percentile(bare.pop("memory"), 0.5)
     middle = {name: percentile(values, 0.5) for name, values in {**bare, **through}.items()}
     late = {f"{name} p95": percentile(values, 0.95) for name, values in through.items()}
@@ -376,7 +395,7 @@ def measure(args: argparse.Namespace) -> Result:
     whole = middle["whole"]
     rows = [
         Row("create / bare restore", middle["create"] / whole, "x", 0.75 if args.rest > 0 else 1.4, details=details),
-        Row("resume / bare restore", middle["resume"] / whole, "x", 1.4),
+        Row("resume / bare restore of what was paused", middle["resume"] / middle["bare resume"], "x", 1.4),
         Row(
             f"pause with {DIRTIED_MIB} MiB dirtied / bare diff of as much",
             middle["pause"] / middle["bare pause"],
@@ -421,7 +440,7 @@ def _crowd_rows(api: Api, settings: Settings, bare_memory: float) -> list[Row]:
     ]
 
 
-def _template(settings: Settings) -> Template:
+def _template(settings: Settings) -> SavedMachine:
     """The newest memory of a template on this node."""
     found = sorted(settings.node_dir.glob("memories/*/manifest.json"), key=lambda path: path.stat().st_mtime)
     if not found:
@@ -431,7 +450,7 @@ def _template(settings: Settings) -> Template:
     count = snapshots.read_manifest(directory).layers
     if count != len(layers):
         raise RuntimeError(f"the template has {count} layers and the node {len(layers)}: cannot tell which are its own")
-    return Template(directory, tuple(layers))
+    return SavedMachine(directory, tuple(layers))
 
 
 def options(parser: argparse.ArgumentParser) -> None:

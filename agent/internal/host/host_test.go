@@ -32,3 +32,18 @@ func TestRelaxMonitorChangesOneThread(t *testing.T) {
 		t.Errorf("%d threads of %d have late timers", late, len(entries))
 	}
 }
+
+func TestWriteIfChangedLeavesNothingOfTheOldContent(t *testing.T) {
+	path := t.TempDir() + "/name"
+	for _, content := range []string{"first\n", "other\n", "longer than before\n", "short\n", "", "again\n"} {
+		if err := writeIfChanged(path, []byte(content)); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := os.ReadFile(path); err != nil || string(got) != content {
+			t.Errorf("wrote %q, found %q, %v", content, got, err)
+		}
+	}
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o644 {
+		t.Errorf("%v, %v", info, err)
+	}
+}

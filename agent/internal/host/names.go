@@ -66,7 +66,11 @@ func SetMachineID(id string) error {
 		return err
 	}
 	// Everybody's programs read it; the image may carry it readable to root alone.
-	if err := os.Chmod(machineID, 0o444); !errors.Is(err, unix.EROFS) {
+	const mode = 0o444
+	if info, err := os.Stat(machineID); err == nil && info.Mode().Perm() == mode {
+		return nil
+	}
+	if err := os.Chmod(machineID, mode); !errors.Is(err, unix.EROFS) {
 		return allowed(err)
 	}
 	return nil
@@ -109,9 +113,26 @@ func writeIfChanged(path string, content []byte) error {
 	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, content) {
 		return nil
 	}
-	err := os.WriteFile(path, content, 0o644)
+	err := overwrite(path, content)
 	if errors.Is(err, unix.EROFS) {
 		return nil
 	}
 	return allowed(err)
+}
+
+// overwrite does not empty the file first: ext4 would free its blocks, find new
+// ones and write them out at once, all on the way to a sandbox's first answer.
+func overwrite(path string, content []byte) (err error) {
+	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o644)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, file.Close()) }()
+	if _, err := file.Write(content); err != nil {
+		return err
+	}
+	if info, err := file.Stat(); err != nil || info.Size() == int64(len(content)) {
+		return err
+	}
+	return file.Truncate(int64(len(content)))
 }

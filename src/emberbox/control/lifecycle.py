@@ -118,20 +118,21 @@ class Lifecycle:
             Conflict: it is paused already, or on its way from or to it.
             ControlError: the node could not pause it; it runs on.
         """
-        current = await self._sandboxes.get(team, sandbox_id)
         record = await self._move(
             sandbox_id, Event.PAUSE, {"worker": self._plane.worker, "pause_memory": memory}, team_id=team.id
         )
         if record is None:
+            current = await self._sandboxes.get(team, sandbox_id)
+            if current.state == State.RUNNING:
+                raise Conflict(f"sandbox {sandbox_id!r} is changing its state; try again in a moment")
             raise Conflict(f"sandbox {sandbox_id!r} is {SHOWN[State(current.state)]} already")
         with self._plane.carrying(record.node_id, sandbox_id):
             await self._pause(record, memory=memory)
 
     async def _pause(self, record: SandboxRecord, *, memory: bool) -> None:
         sandbox_id = record.id
-        await self._plane.edge.drop_route(sandbox_id)
         try:
-            await self._plane.nodes.get(record.node_id).pause(sandbox_id, memory=memory)
+            await self._pause_on_node(record, memory=memory)
         except Conflict as error:
             # Most likely it reached its deadline in this very moment and paused by itself; the node will say.
             await self._not_done(record, Event.PAUSE_FAILED, error)
@@ -145,6 +146,14 @@ class Lifecycle:
         if await self._paused(sandbox_id) is None:
             raise sandbox_not_found(sandbox_id)
         log.info("sandbox.paused", sandbox_id=sandbox_id, memory=memory)
+
+    async def _pause_on_node(self, record: SandboxRecord, *, memory: bool) -> None:
+        """Take the route away while the node begins: neither needs the other."""
+        dropped = asyncio.create_task(self._plane.edge.drop_route(record.id), name=f"drop route {record.id}")
+        try:
+            await self._plane.nodes.get(record.node_id).pause(record.id, memory=memory)
+        finally:
+            await dropped
 
     async def _paused(self, sandbox_id: str) -> SandboxRecord | None:
         return await self._move(sandbox_id, Event.PAUSE_DONE, {"worker": None, "paused_at": now_ms(), "address": ""})
@@ -174,7 +183,25 @@ class Lifecycle:
             TooMany: the team has all the sandboxes it may have.
             ControlError: the node could not resume it; it stays paused.
         """
-        current = await self._sandboxes.get(team, sandbox_id)
+        return await self._resume(
+            team,
+            await self._sandboxes.get(team, sandbox_id),
+            timeout=timeout,
+            auto_pause=auto_pause,
+            memory=memory,
+        )
+
+    async def _resume(
+        self,
+        team: TeamRecord,
+        current: SandboxRecord,
+        *,
+        timeout: int | None,
+        auto_pause: bool | None = None,
+        memory: bool = True,
+    ) -> SandboxRecord:
+        """As `resume`, of a sandbox that was just looked up."""
+        sandbox_id = current.id
         if timeout is None:
             left = max(0, current.end_at - (current.paused_at or current.end_at)) // 1000
             timeout = min(max(_RESUME_SECONDS, left), team.max_timeout_seconds)
@@ -257,7 +284,7 @@ class Lifecycle:
                 except Conflict:
                     continue
             try:
-                resumed = await self.resume(team, sandbox_id, timeout=timeout, memory=memory)
+                resumed = await self._resume(team, record, timeout=timeout, memory=memory)
             except Conflict:
                 # Somebody was faster; look again what came of it.
                 continue
@@ -289,7 +316,7 @@ class Lifecycle:
                 raise Forbidden(f"sandbox {sandbox_id!r} was paused without its memory; resume it explicitly")
             timeout = min(max(_WAKE_SECONDS, settled.timeout_seconds), team.max_timeout_seconds)
             try:
-                return await self.resume(team, sandbox_id, timeout=timeout)
+                return await self._resume(team, settled, timeout=timeout)
             except Conflict:
                 continue
         raise Conflict(f"sandbox {sandbox_id!r} is changing its state; try again in a moment")

@@ -1,7 +1,7 @@
 """Links, addresses, routes and shaping over rtnetlink: the few requests that slots need.
 
 A general netlink library costs 24 MiB of memory and a third of a second at start; this is all of it that is used.
-Layouts are from `linux/rtnetlink.h`, `linux/if_link.h`, `linux/veth.h` and `linux/pkt_sched.h`.
+Layouts are from `linux/rtnetlink.h`, `linux/if_link.h`, `linux/neighbour.h`, `linux/veth.h` and `linux/pkt_sched.h`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import socket
 import struct
 from ipaddress import IPv4Address, IPv4Interface
 
-_RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_NEWQDISC = 16, 17, 20, 24, 36
+_RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_NEWNEIGH, _RTM_NEWQDISC = 16, 17, 20, 24, 28, 36
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_REPLACE, _NLM_F_EXCL, _NLM_F_CREATE = 1, 4, 0x100, 0x200, 0x400
 _NLMSG_ERROR = 2
-_IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_NET_NS_FD = 3, 18, 28
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_NET_NS_FD = 1, 3, 18, 28
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_GATEWAY = 5
 _RT_TABLE_MAIN, _RTPROT_BOOT, _RT_SCOPE_UNIVERSE, _RTN_UNICAST = 254, 3, 0, 1
+_NDA_DST, _NDA_LLADDR, _NUD_PERMANENT = 1, 2, 0x80
 _TCA_KIND, _TCA_OPTIONS, _TCA_TBF_PARMS, _TCA_TBF_BURST = 1, 2, 1, 6
 _TC_H_ROOT, _TC_LINKLAYER_ETHERNET = 0xFFFFFFFF, 1
 _SMALLEST_BURST = 32 * 1024
@@ -53,6 +54,16 @@ class Netlink:
     def set_up(self, name: str) -> None:
         body = _interface(socket.if_nametoindex(name), flags=_IFF_UP, change=_IFF_UP)
         self._ask(_RTM_NEWLINK, body, 0, f"setting {name} up")
+
+    def set_mac(self, name: str, mac: str) -> None:
+        body = _interface(socket.if_nametoindex(name)) + _attribute(_IFLA_ADDRESS, _mac(mac))
+        self._ask(_RTM_NEWLINK, body, 0, f"giving {name} the address {mac}")
+
+    def add_neighbour(self, name: str, address: IPv4Address, mac: str) -> None:
+        """Say for good where an address on the link is, so that nobody has to be asked."""
+        head = struct.pack("=BxxxiHBB", socket.AF_INET, socket.if_nametoindex(name), _NUD_PERMANENT, 0, 0)
+        body = head + _attribute(_NDA_DST, address.packed) + _attribute(_NDA_LLADDR, _mac(mac))
+        self._ask(_RTM_NEWNEIGH, body, _NLM_F_CREATE | _NLM_F_REPLACE, f"naming {address} on {name}")
 
     def delete(self, name: str) -> bool:
         """Delete a link; False when there is none of this name."""
@@ -120,6 +131,10 @@ def _attribute(kind: int, payload: bytes) -> bytes:
 
 def _text(kind: int, value: str) -> bytes:
     return _attribute(kind, value.encode() + b"\0")
+
+
+def _mac(text: str) -> bytes:
+    return bytes.fromhex(text.replace(":", ""))
 
 
 def _u32(value: int) -> bytes:

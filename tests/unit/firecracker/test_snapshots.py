@@ -194,7 +194,7 @@ def test_memory_found_right_once_is_not_read_again(
     [
         ("", "cannot be read"),
         ("{}", "cannot be read"),
-        ('{"format": 2}', "format 2, this version reads 1"),
+        ('{"format": 1}', "format 1, this version reads 2"),
     ],
 )
 def test_a_manifest_that_is_not_one_is_refused(saved: tuple[Path, Manifest], text: str, words: str) -> None:

@@ -21,17 +21,12 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 
+from emberbox.linux import taps
 from emberbox.runtime.base import MachineSpec
 from emberbox.runtime.firecracker import initramfs, kernel
 from emberbox.runtime.firecracker.errors import GuestFilesError
-
-# The same in every slot, so that a memory snapshot can be restored in any of them; translated at the slot's border.
-GUEST_ADDRESS = IPv4Interface("169.254.0.21/30")
-GUEST_GATEWAY = IPv4Address("169.254.0.22")
-GUEST_MAC = "06:00:a9:fe:00:15"
 
 _KERNEL_WORDS = (
     "console=ttyS0",
@@ -59,9 +54,9 @@ def command_line(spec: MachineSpec) -> str:
         "emberd.mode=vm",
         f"emberd.layers={len(spec.layers)}",
         f"emberd.hostname={spec.hostname}",
-        f"emberd.address={GUEST_ADDRESS}",
-        f"emberd.gateway={GUEST_GATEWAY}",
-        f"emberd.dns={GUEST_GATEWAY}",  # translated to the node's forwarder, whichever slot the guest wakes up in
+        f"emberd.address={taps.GUEST}",
+        f"emberd.gateway={taps.GATEWAY.ip}",
+        f"emberd.dns={taps.GATEWAY.ip}",  # translated to the node's forwarder, whichever slot the guest wakes up in
         f"emberd.control_hash={spec.control_hash}",
     )
     return " ".join((*_KERNEL_WORDS, *words))

@@ -7,6 +7,7 @@ import contextlib
 import os
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -277,14 +278,18 @@ class MicroVM:
             os.link(self._chain.path(piece), into / piece.name)
         if below:
             link_whole(self._chain.folder, into)
-        pieces = (*below, snapshots.Piece(name, sparse.checksum(into / name)))
+        with ThreadPoolExecutor(1, "flush") as beside:
+            flushed = beside.submit(snapshots.flush, into, (name,))
+            pieces = (*below, snapshots.Piece(name, sparse.checksum(into / name)))
+            state_checksum = sparse.checksum(into / snapshots.STATE)
+            flushed.result()
         snapshots.Manifest(
             firecracker=self._version,
             cpu_count=self.spec.limits.cpu_count,
             memory_mb=self.spec.limits.memory_mb,
             layers=len(self.spec.layers),
             pieces=pieces,
-            state_checksum=sparse.checksum(into / snapshots.STATE),
+            state_checksum=state_checksum,
         ).write(into)
         self._chain.replace(pieces, into)
 

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 import structlog
 
-from emberbox.linux import processes
+from emberbox.linux import processes, taps
 from emberbox.runtime.base import Capabilities, Limits, MachineSpec, Saved, Slot
 from emberbox.runtime.errors import RuntimeFailure, SavedDamaged
 from emberbox.runtime.firecracker import balloon, guest, jail, snapshots, working_set
@@ -116,7 +116,7 @@ class FirecrackerRuntime:
             for number in range(len(spec.layers)):
                 await api.add_drive(Drive(f"layer{number}", f"/layer{number}", True, bandwidth, operations))
             await api.add_drive(Drive(UPPER, f"/{_UPPER}", False, bandwidth, operations))
-            await api.add_network(NetworkInterface("eth0", _tap(spec), guest.GUEST_MAC))
+            await api.add_network(NetworkInterface("eth0", _tap(spec), taps.GUEST_MAC))
             await api.add_entropy()
             await api.add_balloon(statistics_seconds=balloon.STATISTICS_SECONDS)
             chain = self._chain(spec)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from emberbox.linux import sparse
 from emberbox.runtime.errors import SavedDamaged
 from emberbox.runtime.firecracker.copies import Copies
 
-FORMAT = 1
+FORMAT = 2
 STATE = "state"
 UPPER = "upper"
 WHOLE = "whole"
@@ -57,9 +58,14 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Put the manifest in place in one step, after all it names is safely on the disk."""
-        for name in (STATE, UPPER, *(piece.name for piece in self.pieces)):
-            sparse.flush(folder / name)
+        flush(folder, (piece.name for piece in self.pieces))
         replace_file(folder / _MANIFEST, json.dumps(asdict(self), indent=1).encode())
+
+
+def flush(folder: Path, pieces: Iterable[str]) -> None:
+    """Return when devices, disk and these pieces of memory are on the disk."""
+    for name in (STATE, UPPER, *pieces):
+        sparse.flush(folder / name)
 
 
 def read_manifest(folder: Path) -> Manifest:
