@@ -49,11 +49,10 @@ class SavedMachine:
     directory: Path
     layers: tuple[Path, ...]
 
-    @property
     def memory(self) -> Path:
-        """The one file that it is loaded from."""
+        """One file with all of its memory, made when there is none."""
         pieces = snapshots.read_manifest(self.directory).pieces
-        return self.directory / (pieces[0].name if len(pieces) == 1 else snapshots.WHOLE)
+        return snapshots.make_whole(self.directory, pieces, snapshots.Trusted())
 
 
 class Unix(http.client.HTTPConnection):
@@ -149,7 +148,7 @@ def bare_restore(saved: SavedMachine, firecracker: Path, work: Path) -> tuple[di
     """Lay the files out, then measure spawn, load and the first answer of the agent."""
     root = work / "root"
     root.mkdir(parents=True)
-    os.link(saved.memory, root / "memory")
+    os.link(saved.memory(), root / "memory")
     os.link(saved.directory / snapshots.STATE, root / "state")
     for number, layer in enumerate(saved.layers):
         os.link(layer, root / f"layer{number}")
@@ -260,7 +259,6 @@ def floor(template: SavedMachine, firecracker: Path, work: Path, runs: int) -> d
 
 def floor_of_paused(saved: SavedMachine, firecracker: Path, work: Path) -> float:
     """Seconds until a machine that was paused answers when it is restored bare."""
-    _until(saved.memory.exists)
     with bare_namespace():
         times, identity, _ = bare_restore(saved, firecracker, work)
         end_and_wait(identity, GIVE_UP_SECONDS)

@@ -193,6 +193,29 @@ def test_memory_that_the_guest_has_freed_goes_back_to_the_host(new_sandbox: NewS
     assert run(sandbox, fill) == "120000000"
 
 
+@pytest.mark.parametrize(
+    ("last", "little"), [pytest.param(1_000_000, True, id="little"), pytest.param(8_000_000, False, id="much")]
+)
+def test_changes_are_written_over_the_templates_memory_or_merged_with_it(
+    new_sandbox: NewSandbox, in_lab: InLab, last: int, little: bool
+) -> None:
+    """7 MB or 62 MB: a restore writes no more than 32 MiB itself."""
+    sandbox = new_sandbox()
+    look = "cksum < /dev/shm/numbers"
+    said = run(sandbox, f"seq {last} > /dev/shm/numbers; {look}")
+
+    for _ in range(2):
+        sandbox.pause(request_timeout=PATIENCE)
+        sandbox = connect(sandbox)
+
+        assert run(sandbox, look) == said
+        machine, pid = machine_of(in_lab, sandbox)
+        loaded = in_lab(f"stat -Lc %i /proc/{pid}/root/memory").strip()
+        templates = in_lab(f"stat -c %i {NODE}/memories/*/memory.0").split()
+        assert (loaded in templates) == little
+        assert (f"{NODE}/machines/{machine}/memory/whole" in in_lab(f"find {NODE}/machines/{machine}")) != little
+
+
 @pytest.mark.slow
 def test_the_clock_is_right_after_an_hour_on_the_disk(new_sandbox: NewSandbox, in_lab: InLab) -> None:
     sandbox = new_sandbox()

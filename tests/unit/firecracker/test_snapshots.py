@@ -14,7 +14,6 @@ from emberbox.linux import sparse
 from emberbox.runtime.errors import SavedDamaged
 from emberbox.runtime.firecracker import snapshots
 from emberbox.runtime.firecracker.chain import Chain
-from emberbox.runtime.firecracker.copies import Copies
 from emberbox.runtime.firecracker.snapshots import Manifest, Piece, Trusted, next_name
 
 PAGE = 4096
@@ -53,12 +52,6 @@ def saved(tmp_path: Path) -> tuple[Path, Manifest]:
     return folder, manifest
 
 
-@pytest.fixture
-def copies(tmp_path: Path) -> Copies:
-    """Copies of memory, of which none is made yet."""
-    return Copies(tmp_path / "copies")
-
-
 def test_a_manifest_comes_back_as_it_was_written(saved: tuple[Path, Manifest]) -> None:
     folder, manifest = saved
 
@@ -70,52 +63,50 @@ def pages(path: Path) -> list[bytes]:
     return [memory[page * PAGE : page * PAGE + 1] for page in range(4)]
 
 
-def test_a_machine_is_loaded_from_all_its_pieces_laid_over_each_other(
-    saved: tuple[Path, Manifest], copies: Copies
-) -> None:
+def test_a_machine_is_loaded_from_all_its_pieces_laid_over_each_other(saved: tuple[Path, Manifest]) -> None:
     folder, manifest = saved
     trusted = Trusted()
 
-    whole = snapshots.make_whole(folder, manifest.pieces, trusted, copies)
+    whole = snapshots.make_whole(folder, manifest.pieces, trusted)
 
     assert pages(whole) == [b"a", b"b", b"c", b"\0"]
     assert snapshots.read_manifest(folder) == manifest
     made = whole.stat()
-    assert snapshots.make_whole(folder, manifest.pieces, trusted, copies).stat() == made, "made twice"
+    assert snapshots.make_whole(folder, manifest.pieces, trusted).stat() == made, "made twice"
     assert pages(folder / "memory.0") == [b"a", b"a", b"a", b"\0"]
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_what_was_merged_for_the_last_save_is_brought_up_to_date(
-    saved: tuple[Path, Manifest], copies: Copies, tmp_path: Path, shared: bool
+    saved: tuple[Path, Manifest], tmp_path: Path, shared: bool
 ) -> None:
     folder, manifest = saved
     trusted = Trusted()
-    earlier = snapshots.make_whole(folder, manifest.pieces[:2], trusted, copies)
+    earlier = snapshots.make_whole(folder, manifest.pieces[:2], trusted)
     inode = earlier.stat().st_ino
     other = tmp_path / "mapped"
     if shared:
         other.hardlink_to(earlier)
 
-    whole = snapshots.make_whole(folder, manifest.pieces, trusted, copies)
+    whole = snapshots.make_whole(folder, manifest.pieces, trusted)
 
     assert pages(whole) == [b"a", b"b", b"c", b"\0"]
     assert (whole.stat().st_ino == inode) is not shared
     assert not shared or pages(other) == [b"a", b"b", b"b", b"\0"], "changed under the machine that has it mapped"
 
 
-def test_what_another_process_had_merged_is_not_believed(saved: tuple[Path, Manifest], copies: Copies) -> None:
+def test_what_another_process_had_merged_is_not_believed(saved: tuple[Path, Manifest]) -> None:
     folder, manifest = saved
     (folder / snapshots.WHOLE).write_bytes(b"half")
 
-    whole = snapshots.make_whole(folder, manifest.pieces, Trusted(), copies)
+    whole = snapshots.make_whole(folder, manifest.pieces, Trusted())
 
     assert pages(whole) == [b"a", b"b", b"c", b"\0"]
 
 
 @pytest.mark.parametrize("step", ["clone", "overlay"])
 def test_a_load_that_cannot_be_prepared_leaves_the_saved_machine_as_it_was(
-    saved: tuple[Path, Manifest], copies: Copies, monkeypatch: pytest.MonkeyPatch, step: str
+    saved: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     folder, manifest = saved
 
@@ -124,13 +115,13 @@ def test_a_load_that_cannot_be_prepared_leaves_the_saved_machine_as_it_was(
 
     monkeypatch.setattr(sparse, step, full)
     with pytest.raises(OSError, match="No space left"):
-        snapshots.make_whole(folder, manifest.pieces, Trusted(), copies)
+        snapshots.make_whole(folder, manifest.pieces, Trusted())
     monkeypatch.undo()
 
     assert snapshots.read_manifest(folder) == manifest
     assert not (folder / snapshots.WHOLE).exists()
     snapshots.verify(folder, manifest, Trusted())
-    assert pages(snapshots.make_whole(folder, manifest.pieces, Trusted(), copies)) == [b"a", b"b", b"c", b"\0"]
+    assert pages(snapshots.make_whole(folder, manifest.pieces, Trusted())) == [b"a", b"b", b"c", b"\0"]
 
 
 def damage_state(folder: Path) -> None:
@@ -242,9 +233,7 @@ def test_a_save_that_was_not_finished_makes_the_next_one_whole(saved: tuple[Path
     assert Chain(tmp_path / "chain").pieces == manifest.pieces[:1]
 
 
-def test_the_changes_in_a_long_chain_are_merged_while_it_grows(
-    saved: tuple[Path, Manifest], copies: Copies, tmp_path: Path
-) -> None:
+def test_the_changes_in_a_long_chain_are_merged_while_it_grows(saved: tuple[Path, Manifest], tmp_path: Path) -> None:
     folder, manifest = saved
     chain = Chain(tmp_path / "chain")
     chain.begin(manifest.pieces, folder)
@@ -257,7 +246,7 @@ def test_the_changes_in_a_long_chain_are_merged_while_it_grows(
 
     assert after == chain.pieces == (manifest.pieces[0], Piece("memory.2m", merged.checksum), later)
     assert next_name(chain.pieces) == "memory.4"
-    assert pages(snapshots.make_whole(chain.folder, chain.pieces, trusted, copies)) == [b"d", b"b", b"c", b"\0"]
+    assert pages(snapshots.make_whole(chain.folder, chain.pieces, trusted)) == [b"d", b"b", b"c", b"\0"]
     assert sorted(path.name for path in chain.folder.glob("memory.*")) == ["memory.0", "memory.2m", "memory.3"]
 
 

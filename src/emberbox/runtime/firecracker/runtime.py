@@ -18,10 +18,9 @@ import structlog
 from emberbox.linux import processes, taps
 from emberbox.runtime.base import Capabilities, Limits, MachineSpec, Saved, Slot
 from emberbox.runtime.errors import RuntimeFailure, SavedDamaged
-from emberbox.runtime.firecracker import balloon, guest, jail, snapshots, working_set
+from emberbox.runtime.firecracker import balloon, changes, guest, jail, snapshots, working_set
 from emberbox.runtime.firecracker.api import Deadlines, Drive, Firecracker, NetworkInterface
 from emberbox.runtime.firecracker.chain import Chain
-from emberbox.runtime.firecracker.copies import Copies
 from emberbox.runtime.firecracker.errors import ApiError, ApiUnreachable, FirecrackerError, JailerError
 from emberbox.runtime.firecracker.jail import SOCKET, Jail, JailerSettings
 from emberbox.runtime.firecracker.machine import NAME, UPPER, MicroVM, buckets
@@ -90,8 +89,7 @@ class FirecrackerRuntime:
         self._folders: WeakValueDictionary[tuple[int, int], asyncio.Lock] = WeakValueDictionary()
         self._background: set[asyncio.Task[None]] = set()
         self._one_merge = asyncio.Semaphore(1)
-        self._one_copy = asyncio.Semaphore(1)
-        self._copies = Copies(settings.machines_dir.with_name("copies"))
+        self._most_written = changes.MOST_BYTES if changes.can_be_held(settings.machines_dir.parent) else 0
         _disable_huge_pages()
 
     @classmethod
@@ -131,7 +129,7 @@ class FirecrackerRuntime:
         began = time.perf_counter()
         chain = self._chain(spec)
         async with self._folder_lock(saved.directory):
-            manifest, memory = await to_thread_whole(self._prepare, saved.directory, chain)
+            manifest, memory, over = await to_thread_whole(self._prepare, saved.directory, chain)
         _refuse_other_size(spec, manifest)
         await asyncio.to_thread(working_set.read_ahead, memory, saved.directory)
         links = {_STATE: saved.directory / snapshots.STATE, _MEMORY: memory}
@@ -139,7 +137,8 @@ class FirecrackerRuntime:
         async with self._jailed(spec, links) as held:
             jailed = time.perf_counter()
             try:
-                await held.api.load_snapshot(state=f"/{_STATE}", memory=f"/{_MEMORY}", resume=True)
+                async with changes.written(spec.upper, held.require().pid, memory, over):
+                    await held.api.load_snapshot(state=f"/{_STATE}", memory=f"/{_MEMORY}", resume=True)
             except ApiError as error:
                 raise RuntimeFailure(
                     f"the machine saved by Firecracker {manifest.firecracker} cannot be restored by "
@@ -152,10 +151,10 @@ class FirecrackerRuntime:
             jail_ms=round((jailed - prepared) * 1000, 1),
             load_ms=round((time.perf_counter() - jailed) * 1000, 1),
         )
-        note_into = None if working_set.is_known(saved.directory) else saved.directory
+        alone = len(manifest.pieces) == 1  # else it is not restored often enough
+        note_into = saved.directory if alone and not working_set.is_known(saved.directory) else None
         machine = self._machine(spec, held, paused=False, note_into=note_into)
         machine.shorten_soon()
-        self._in_background(self._copy_ahead(), name="copy memory")
         return machine
 
     async def adopt(self, spec: MachineSpec, record: dict[str, Any]) -> MicroVM | None:
@@ -183,15 +182,13 @@ class FirecrackerRuntime:
         return await asyncio.to_thread(self._sweep, keep)
 
     async def forget_layers(self) -> None:
-        """A template is gone, and with it what its memory was copied for. Layers are in each machine's own jail."""
-        await to_thread_whole(self._copies.prune)
+        """Nothing is kept of layers: they are in each machine's own jail."""
 
     async def close(self) -> None:
         """End background work. Machines run on."""
         for task in list(self._background):
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        await to_thread_whole(self._copies.clear)
 
     # ---- spares ----
 
@@ -213,7 +210,7 @@ class FirecrackerRuntime:
         manifest = await asyncio.to_thread(snapshots.read_manifest, saved.directory)
         for piece in manifest.pieces:
             self._trusted.add(saved.directory / piece.name, piece.checksum)
-        if len(manifest.pieces) > 1:
+        if not self._can_be_written(saved.directory, manifest):
             self._in_background(self._merge(saved.directory), name=f"merge {saved.directory.name}")
 
     async def _merge(self, folder: Path) -> None:
@@ -227,31 +224,33 @@ class FirecrackerRuntime:
                 # Not lost: the pieces are there, and the restore makes it itself.
                 log.warning("microvm.merge_failed", folder=str(folder), reason=str(error))
 
-    async def _copy_ahead(self) -> None:
-        """Make the copies of templates' memory that the next changes are laid over."""
-        await asyncio.sleep(_MERGE_AFTER_SECONDS)
-        try:
-            async with self._one_copy:
-                await to_thread_whole(self._copies.make)
-        except OSError as error:  # not lost: the next one who needs a copy makes it
-            log.warning("microvm.copy_failed", reason=str(error))
-
     def _in_background(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
         task = asyncio.create_task(work, name=name)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    def _prepare(self, folder: Path, chain: Chain) -> tuple[snapshots.Manifest, Path]:
-        """Check what was saved and link its memory to the machine's chain; returns also the file to load."""
+    def _prepare(self, folder: Path, chain: Chain) -> tuple[snapshots.Manifest, Path, list[Path]]:
+        """Check what was saved and link its memory to the machine's chain.
+
+        Returns:
+            the manifest; the file to load; the changes to write over it.
+        """
         manifest = snapshots.read_manifest(folder)
         snapshots.verify(folder, manifest, self._trusted)
-        whole = snapshots.make_whole(folder, manifest.pieces, self._trusted, self._copies)
+        base, *later = manifest.pieces
+        if self._can_be_written(folder, manifest):
+            chain.begin(manifest.pieces, folder)
+            return manifest, chain.path(base), [chain.path(piece) for piece in later]
+        whole = snapshots.make_whole(folder, manifest.pieces, self._trusted)
         chain.begin(manifest.pieces, folder)
-        self._copies.want(chain.path(manifest.pieces[0]))
-        return manifest, chain.folder / whole.name
+        return manifest, chain.folder / whole.name, []
+
+    def _can_be_written(self, folder: Path, manifest: snapshots.Manifest) -> bool:
+        """Whether a restore writes the changes itself, instead of loading a file in which they are merged."""
+        return changes.size([folder / piece.name for piece in manifest.pieces[1:]]) <= self._most_written
 
     def _make_whole(self, folder: Path) -> None:
-        snapshots.make_whole(folder, snapshots.read_manifest(folder).pieces, self._trusted, self._copies)
+        snapshots.make_whole(folder, snapshots.read_manifest(folder).pieces, self._trusted)
 
     @contextlib.asynccontextmanager
     async def _folder_lock(self, folder: Path) -> AsyncIterator[None]:
@@ -330,7 +329,6 @@ class FirecrackerRuntime:
     # ---- sweeping ----
 
     def _sweep(self, keep: frozenset[str]) -> list[str]:
-        self._copies.clear()
         removed = []
         parent = self.settings.binaries.cgroup_parent
         for machine_id in sorted(jail.machines_with_cgroups(parent) - keep):

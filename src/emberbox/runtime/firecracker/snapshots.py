@@ -7,8 +7,8 @@ One folder holds all of it, so that its parts live and go together:
     memory.N        pieces of memory, lowest N first: a whole one, then the pages changed since
     upper           the writable disk at the same instant
 
-    whole           all pieces in one, which is what a machine is loaded from; derived, used only in the boot of the
-                    host that made it
+    whole           all pieces in one, made when the changes are many, for a machine to be loaded from; derived, used
+                    only in the boot of the host that made it
 
 Pieces never change once written, and are hard links where several folders share them (a template's memory is in
 every sandbox saved from it, and on the disk once).
@@ -25,7 +25,6 @@ from pathlib import Path
 
 from emberbox.linux import sparse
 from emberbox.runtime.errors import SavedDamaged
-from emberbox.runtime.firecracker.copies import Copies
 
 FORMAT = 2
 STATE = "state"
@@ -190,7 +189,7 @@ def verify(folder: Path, manifest: Manifest, trusted: Trusted) -> None:
         raise SavedDamaged("the saved machine is incomplete: its disk is missing")
 
 
-def make_whole(folder: Path, pieces: tuple[Piece, ...], trusted: Trusted, copies: Copies) -> Path:
+def make_whole(folder: Path, pieces: tuple[Piece, ...], trusted: Trusted) -> Path:
     """Return one file with the memory of all `pieces`, to load a machine from: the only piece, or `WHOLE`.
 
     What is there of the last restore is brought up to date in place when nobody else has it: then the work is what
@@ -208,7 +207,7 @@ def make_whole(folder: Path, pieces: tuple[Piece, ...], trusted: Trusted, copies
             trusted.forget(path)
         else:
             path.unlink(missing_ok=True)
-            copies.provide(folder / pieces[0].name, path)
+            sparse.clone(folder / pieces[0].name, path, mode=0o444)
         for piece in pieces[len(held) if own else 1 :]:
             sparse.overlay(folder / piece.name, path)
     except BaseException:

@@ -67,7 +67,7 @@ def _touched(pid: int, memory: Path) -> Iterator[tuple[int, int]]:
     """Yield ranges of the file that are in the process's page tables."""
     file = memory.stat()
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
-        for start, end, offset in _mappings(pid, file):
+        for start, end, offset in mappings(pid, file):
             entries = array.array("Q")
             entries.frombytes(os.pread(pagemap.fileno(), (end - start) // _PAGE * 8, start // _PAGE * 8))
             for index, entry in enumerate(entries):
@@ -75,7 +75,7 @@ def _touched(pid: int, memory: Path) -> Iterator[tuple[int, int]]:
                     yield offset + index * _PAGE, _PAGE
 
 
-def _mappings(pid: int, file: os.stat_result) -> Iterator[tuple[int, int, int]]:
+def mappings(pid: int, file: os.stat_result) -> Iterator[tuple[int, int, int]]:
     """Yield (start, end, offset in the file) of the process's mappings of a file, lowest offset first."""
     device = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}"
     found = []

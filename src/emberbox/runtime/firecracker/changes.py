@@ -1,0 +1,170 @@
+"""Laying a saved machine's changes over its base, in the memory of a Firecracker that is loading it.
+
+Firecracker maps one file as the guest's memory. With the template's own file there, the page cache has it once for
+all machines, and no pause or fork needs a copy of it; what the machine had changed is written into its private mapping.
+The moment for that is when the mapping is there and nothing has been read through it: Firecracker opens the disks when
+it has made the memory, and only then looks at the guest's queues. So it is held when it opens its upper, a file that
+nobody else has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+from emberbox.linux import sparse
+from emberbox.linux.opengate import OpenGate
+from emberbox.runtime.errors import RuntimeFailure
+from emberbox.runtime.firecracker.working_set import mappings
+from emberbox.threads import to_thread_whole
+
+MOST_BYTES = 32 * 1024 * 1024
+"""Written within a restore; more is merged into a file of its own, off every request's path."""
+_MOST_PARTS = 1024  # IOV_MAX
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Part(ctypes.Structure):
+    """struct iovec"""
+
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+_libc.process_vm_writev.argtypes = [
+    ctypes.c_int,
+    ctypes.POINTER(_Part),
+    ctypes.c_ulong,
+    ctypes.POINTER(_Part),
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+]
+_libc.process_vm_writev.restype = ctypes.c_ssize_t
+
+
+def can_be_held(folder: Path) -> bool:
+    """Whether this kernel has the gate that it takes, tried on a file in `folder`."""
+    path = folder / "gate"
+    try:
+        path.touch()
+        try:
+            OpenGate(path).close()
+        finally:
+            path.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def size(changes: Sequence[Path]) -> int:
+    """Bytes that the pieces of memory take."""
+    return sum(map(sparse.allocated, changes))
+
+
+@contextlib.asynccontextmanager
+async def written(gate_at: Path, pid: int, base: Path, changes: Sequence[Path]) -> AsyncIterator[None]:
+    """While the block makes process `pid` load `base`, write `changes`, oldest first, over its mapping.
+
+    With no changes nothing is done.
+
+    Args:
+        gate_at: the file that it opens after it mapped its memory and before it looks at it.
+
+    Raises:
+        RuntimeFailure: they could not be written, and its load fails; or it went on without having been held. It must
+            be ended.
+        OSError: the kernel cannot hold it.
+    """
+    if not changes:
+        yield
+        return
+    gate = OpenGate(gate_at)
+    loop = asyncio.get_running_loop()
+    work: asyncio.Task[None] | None = None
+
+    def opened() -> None:
+        nonlocal work
+        while (someone := gate.who()) is not None:
+            waiting, who = someone
+            if who != pid or work is not None:
+                gate.allow(waiting)
+            else:
+                work = loop.create_task(_write_held(gate, waiting, pid, base, changes))
+
+    loop.add_reader(gate.fileno(), opened)
+    try:
+        yield
+        if work is None:
+            raise RuntimeFailure("Firecracker loaded memory without opening its disk: its changes are not in it")
+    finally:
+        loop.remove_reader(gate.fileno())
+        try:
+            if work is not None:
+                await work  # its failure is why the block's load failed
+        finally:
+            gate.close()
+
+
+async def _write_held(gate: OpenGate, waiting: int, pid: int, base: Path, changes: Sequence[Path]) -> None:
+    try:
+        await to_thread_whole(_write_all, pid, base, changes)
+    except BaseException as error:
+        gate.deny(waiting)
+        if isinstance(error, OSError):
+            raise RuntimeFailure(f"the machine's changes could not be written to its memory: {error}") from error
+        raise
+    gate.allow(waiting)
+
+
+def _write_all(pid: int, base: Path, changes: Sequence[Path]) -> None:
+    places = list(mappings(pid, base.stat()))
+    if not places:
+        raise RuntimeFailure(f"Firecracker has not mapped {base.name} yet")
+    for piece in changes:
+        write(pid, places, piece)
+
+
+def write(pid: int, places: Sequence[tuple[int, int, int]], piece: Path) -> None:
+    """Write every data range of a piece of memory into a process.
+
+    Args:
+        places: (start, end, offset in the file) of its mappings of the memory.
+
+    Raises:
+        OSError: it is gone, or has no memory there.
+    """
+    with piece.open("rb") as reader, mmap.mmap(reader.fileno(), 0, access=mmap.ACCESS_COPY) as content:
+        here = ctypes.addressof(ctypes.c_char.from_buffer(content))
+        parts = [
+            (here + offset, there, length)
+            for data in sparse.data_ranges(piece)
+            for offset, there, length in _placed(data, places)
+        ]
+        for first in range(0, len(parts), _MOST_PARTS):
+            _write_parts(pid, parts[first : first + _MOST_PARTS])
+
+
+def _placed(data: tuple[int, int], places: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Yield (offset in the file, address, length) of a data range, cut where the mappings are."""
+    begin, end = data[0], data[0] + data[1]
+    for start, stop, offset in places:
+        low, high = max(begin, offset), min(end, offset + stop - start)
+        if low < high:
+            yield low, start + low - offset, high - low
+
+
+def _write_parts(pid: int, parts: Sequence[tuple[int, int, int]]) -> None:
+    count = len(parts)
+    local = (_Part * count)(*(_Part(here, length) for here, _, length in parts))
+    remote = (_Part * count)(*(_Part(there, length) for _, there, length in parts))
+    expected = sum(length for _, _, length in parts)
+    done = _libc.process_vm_writev(pid, local, count, remote, count, 0)
+    if done != expected:
+        error = ctypes.get_errno() if done < 0 else errno.EFAULT  # it stops where memory ends
+        raise OSError(error, f"{max(done, 0)} of {expected} bytes of memory written: {os.strerror(error)}")
