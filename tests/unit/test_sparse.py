@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -108,26 +107,6 @@ def test_a_checksum_is_the_same_for_a_clone_and_differs_for_one_changed_byte(tmp
 
     assert same == sparse.checksum(tmp_path / "a")
     assert sparse.checksum(tmp_path / "b") != same
-
-
-def test_a_checksum_does_not_depend_on_how_many_threads_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large enough for several, with a hole, a short end, and windows that differ."""
-    with (tmp_path / "a").open("wb") as handle:
-        for number in range(9):
-            handle.write(bytes([number + 1]) * (1 << 20))
-        handle.seek(64 << 20)
-        handle.write(b"the end")
-    monkeypatch.setattr(sparse, "_MOST_SUMMERS", 3)
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    several = sparse.checksum(tmp_path / "a")
-    monkeypatch.setattr(sparse, "_MOST_SUMMERS", 1)
-
-    assert sparse.checksum(tmp_path / "a") == several
-
-    with (tmp_path / "a").open("r+b") as handle:
-        handle.seek(5 << 20)
-        handle.write(b"x")
-    assert sparse.checksum(tmp_path / "a") != several
 
 
 def test_a_checksum_differs_when_the_file_was_cut(tmp_path: Path) -> None:
