@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -50,7 +50,7 @@ class MicroVM:
         firecracker_version: str,
         trusted: snapshots.Trusted,
         paused: bool,
-        after_save: Callable[[Saved], Awaitable[None]],
+        after_save: Callable[[Saved], None],
         note_into: Path | None = None,
     ) -> None:
         """
@@ -220,7 +220,7 @@ class MicroVM:
             if was_running and processes.is_alive(self._identity):
                 await self._resume()
         still = time.perf_counter() - began
-        await to_thread_whole(self._finish, into, below, name)
+        await to_thread_whole(self._finish, into, below, name, final=final)
         log.info(
             "microvm.saved",
             machine_id=self.spec.machine_id,
@@ -230,7 +230,7 @@ class MicroVM:
             ms=round((time.perf_counter() - began) * 1000, 1),
         )
         saved = Saved(runtime=NAME, directory=into, upper=into / snapshots.UPPER, memory=True)
-        await self._after_save(saved)
+        self._after_save(saved)
         if was_running:  # one that was paused for this is about to end
             self.shorten_soon()
         return saved
@@ -268,8 +268,11 @@ class MicroVM:
             with contextlib.suppress(OSError):
                 path.unlink()
 
-    def _finish(self, into: Path, below: tuple[snapshots.Piece, ...], name: str) -> None:
-        """Take the files out of the jail, away from the machine's user, and write the manifest over them."""
+    def _finish(self, into: Path, below: tuple[snapshots.Piece, ...], name: str, *, final: bool) -> None:
+        """Take the files out of the jail, away from the machine's user, and write the manifest over them.
+
+        The chain of a machine that ends is left as it is; should it go on nevertheless, its next save is a whole one.
+        """
         for made in (snapshots.STATE, name):
             self._jail.take_out(made, into)
         if not below:
@@ -291,7 +294,9 @@ class MicroVM:
             pieces=pieces,
             state_checksum=state_checksum,
         ).write(into)
-        self._chain.replace(pieces, into)
+        self._trusted.add(into / name, pieces[-1].checksum)
+        if not final:
+            self._chain.replace(pieces, into)
 
     # ---- end and numbers ----
 

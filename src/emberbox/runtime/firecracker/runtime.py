@@ -205,16 +205,12 @@ class FirecrackerRuntime:
 
     # ---- saved machines ----
 
-    async def _after_save(self, saved: Saved) -> None:
-        """Trust what was just written, and lay its pieces over each other in the background."""
-        manifest = await asyncio.to_thread(snapshots.read_manifest, saved.directory)
-        for piece in manifest.pieces:
-            self._trusted.add(saved.directory / piece.name, piece.checksum)
-        if not self._can_be_written(saved.directory, manifest):
-            self._in_background(self._merge(saved.directory), name=f"merge {saved.directory.name}")
+    def _after_save(self, saved: Saved) -> None:
+        folder = saved.directory
+        self._in_background(self._merge(folder), name=f"merge {folder.name}")
 
     async def _merge(self, folder: Path) -> None:
-        """Make the one file that a restore loads, before it is asked for."""
+        """Make the one file that a restore loads, when it will need one, before it is asked for."""
         await asyncio.sleep(_MERGE_AFTER_SECONDS)
         try:
             async with self._one_merge, self._folder_lock(folder):
@@ -250,7 +246,9 @@ class FirecrackerRuntime:
         return changes.size([folder / piece.name for piece in manifest.pieces[1:]]) <= self._most_written
 
     def _make_whole(self, folder: Path) -> None:
-        snapshots.make_whole(folder, snapshots.read_manifest(folder).pieces, self._trusted)
+        manifest = snapshots.read_manifest(folder)
+        if not self._can_be_written(folder, manifest):
+            snapshots.make_whole(folder, manifest.pieces, self._trusted)
 
     @contextlib.asynccontextmanager
     async def _folder_lock(self, folder: Path) -> AsyncIterator[None]:
