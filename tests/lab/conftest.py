@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def in_lab() -> Callable[[str], str]:
 def client_environment() -> Iterator[None]:
     """Points the official client at the lab's Emberbox."""
     lab_py = Path(__file__).parent / "lab.py"
-    printed = subprocess.run(["python3", str(lab_py), "env"], capture_output=True, text=True, timeout=300, check=False)
+    printed = subprocess.run([sys.executable, str(lab_py), "env"], capture_output=True, text=True, timeout=300, check=False)
     if printed.returncode != 0:
         pytest.skip(f"no Emberbox runs in the lab: {printed.stderr.strip()}")
     words = (line.removeprefix("export ").partition("=") for line in printed.stdout.splitlines())
