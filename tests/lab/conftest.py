@@ -50,7 +50,8 @@ def in_lab() -> Callable[[str], str]:
 def client_environment() -> Iterator[None]:
     """Points the official client at the lab's Emberbox."""
     lab_py = Path(__file__).parent / "lab.py"
-    printed = subprocess.run([sys.executable, str(lab_py), "env"], capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, str(lab_py), "env"]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if printed.returncode != 0:
         pytest.skip(f"no Emberbox runs in the lab: {printed.stderr.strip()}")
     words = (line.removeprefix("export ").partition("=") for line in printed.stdout.splitlines())

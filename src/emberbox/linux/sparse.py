@@ -20,6 +20,7 @@ _FICLONE = 0x40049409  # _IOW(0x94, 9, int), linux/fs.h
 _CHUNK = 4 * 1024 * 1024
 _READ = 256 * 1024
 """Of a file that is only looked at: stays in the processor's cache. A multiple of `_HOLE`."""
+_SUM = "xxh64"
 _HOLE = 64 * 1024
 """Smallest hole that is dug: more and smaller ones cost each clone and checksum a few system calls apiece."""
 _ZEROS = bytes(_HOLE)
@@ -86,7 +87,12 @@ def checksum(path: Path) -> str:
             for block in _blocks(descriptor, offset, offset + length, buffer):
                 total.update(block)
         size = os.fstat(descriptor).st_size
-    return f"xxh64:{size}:{total.hexdigest()}"
+    return f"{_SUM}:{size}:{total.hexdigest()}"
+
+
+def has_checksum(text: str) -> bool:
+    """Whether it is of the kind that `checksum` returns."""
+    return text.startswith(f"{_SUM}:")
 
 
 def digest(path: Path) -> str:

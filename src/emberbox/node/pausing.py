@@ -199,7 +199,7 @@ class Pausing:
         if discard_memory:
             saved = replace(saved, memory=False)
         secret = "" if discard_memory else running.saved.secret
-        await sandbox.left()  # what the last machine holds of the saved memory need not be copied once it has ended
+        await sandbox.left()  # merged memory need not be copied once the last machine, which has it mapped, has ended
         hosted = await self._start_again(running, saved, secret=secret)
         await finish(self._settle_running(sandbox, hosted, running, used_up=directory))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -12,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from emberbox.linux.opengate import OpenGate
-from emberbox.runtime.errors import RuntimeFailure
 from emberbox.runtime.firecracker import changes
 
 pytestmark = pytest.mark.skipif(
@@ -101,7 +101,8 @@ async def child(base: Path, upper: Path, *, maps: str = "whole", opens: str = "o
         assert await loading.line() == "ready"
         yield loading
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):  # one that is refused ends
+            process.kill()
         await process.wait()
 
 
@@ -151,7 +152,7 @@ async def test_others_are_not_held(base: Path, upper: Path, tmp_path: Path) -> N
 async def test_one_that_never_opens_its_disk_is_not_taken_for_loaded(base: Path, upper: Path, tmp_path: Path) -> None:
     change = piece(tmp_path / "memory.1", {5: "a"})
     async with child(base, upper, opens="not") as loading:
-        with pytest.raises(RuntimeFailure, match="without opening its disk"):
+        with pytest.raises(changes.NotWritten, match="without opening its disk"):
             await load(loading, base, upper, change)
 
 
@@ -160,7 +161,7 @@ async def test_one_that_has_not_mapped_its_memory_does_not_get_its_disk(
 ) -> None:
     change = piece(tmp_path / "memory.1", {5: "a"})
     async with child(base, upper, maps="nothing") as loading:
-        with pytest.raises(RuntimeFailure, match="has not mapped"):
+        with pytest.raises(changes.NotWritten, match="has not mapped"):
             await load(loading, base, upper, change)
         assert loading.said == ["ready", "refused"]
 
@@ -168,7 +169,7 @@ async def test_one_that_has_not_mapped_its_memory_does_not_get_its_disk(
 async def test_a_block_that_fails_for_it_says_why(base: Path, upper: Path, tmp_path: Path) -> None:
     change = piece(tmp_path / "memory.1", {5: "a"})
     async with child(base, upper, maps="nothing") as loading:
-        with pytest.raises(RuntimeFailure, match="has not mapped"):
+        with pytest.raises(changes.NotWritten, match="has not mapped"):
             await refused(loading, base, upper, change)
 
 
@@ -176,6 +177,42 @@ async def refused(loading: Child, base: Path, upper: Path, change: Path) -> None
     async with changes.written(upper, loading.pid, base, [change]):
         await loading.go_on()
         raise ValueError(await loading.line())
+
+
+async def test_memory_of_which_only_a_part_is_mapped_is_refused(base: Path, upper: Path, tmp_path: Path) -> None:
+    change = piece(tmp_path / "memory.1", {5: "a"})
+    async with child(base, upper) as loading:
+        with base.open("ab") as longer:
+            longer.write(b"." * PAGE)
+        with pytest.raises(changes.NotWritten, match="not all of it"):
+            await load(loading, base, upper, change)
+
+
+async def test_a_block_that_is_cancelled_stays_cancelled(base: Path, upper: Path, tmp_path: Path) -> None:
+    change = piece(tmp_path / "memory.1", {5: "a"})
+    async with child(base, upper, maps="nothing") as loading:
+        loads = asyncio.create_task(hangs(loading, base, upper, change))
+        async with asyncio.timeout(DEADLINE):
+            while "refused" not in loading.said:
+                await asyncio.sleep(0.01)
+        loads.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await loads
+
+
+async def hangs(loading: Child, base: Path, upper: Path, change: Path) -> None:
+    async with changes.written(upper, loading.pid, base, [change]):
+        await loading.go_on()
+        await loading.line()
+        await asyncio.Event().wait()
+
+
+async def test_no_descriptor_is_left(base: Path, upper: Path, tmp_path: Path) -> None:
+    change = piece(tmp_path / "memory.1", {5: "a"})
+    async with child(base, upper) as loading:
+        before = set(os.listdir("/proc/self/fd"))
+        await load(loading, base, upper, change)
+        assert set(os.listdir("/proc/self/fd")) == before
 
 
 async def test_memory_that_is_gone_is_an_error_with_how_much_was_written(

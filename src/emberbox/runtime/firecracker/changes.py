@@ -27,6 +27,7 @@ from emberbox.threads import to_thread_whole
 MOST_BYTES = 32 * 1024 * 1024
 """Written within a restore; more is merged into a file of its own, off every request's path."""
 _MOST_PARTS = 1024  # IOV_MAX
+_MAP_NORESERVE = 0x4000  # asm-generic/mman.h; Python names it since 3.13
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -46,6 +47,10 @@ _libc.process_vm_writev.argtypes = [
     ctypes.c_ulong,
 ]
 _libc.process_vm_writev.restype = ctypes.c_ssize_t
+
+
+class NotWritten(RuntimeFailure):
+    """A machine's changes did not get into its memory. It must be ended, and may be loaded from one file instead."""
 
 
 def can_be_held(folder: Path) -> bool:
@@ -77,55 +82,70 @@ async def written(gate_at: Path, pid: int, base: Path, changes: Sequence[Path]) 
         gate_at: the file that it opens after it mapped its memory and before it looks at it.
 
     Raises:
-        RuntimeFailure: they could not be written, and its load fails; or it went on without having been held. It must
-            be ended.
-        OSError: the kernel cannot hold it.
+        NotWritten: they could not be written, and its load fails; or it went on without having been held.
     """
     if not changes:
         yield
         return
-    gate = OpenGate(gate_at)
+    try:
+        gate = OpenGate(gate_at)
+    except OSError as error:
+        raise NotWritten(f"Firecracker cannot be held at its disk: {error.strerror}") from error
     loop = asyncio.get_running_loop()
     work: asyncio.Task[None] | None = None
 
     def opened() -> None:
         nonlocal work
-        while (someone := gate.who()) is not None:
+        while work is None and (someone := gate.who()) is not None:
             waiting, who = someone
-            if who != pid or work is not None:
-                gate.allow(waiting)
-            else:
+            if who == pid:
+                loop.remove_reader(gate.fileno())
                 work = loop.create_task(_write_held(gate, waiting, pid, base, changes))
+            else:
+                gate.allow(waiting)
 
     loop.add_reader(gate.fileno(), opened)
     try:
         yield
         if work is None:
-            raise RuntimeFailure("Firecracker loaded memory without opening its disk: its changes are not in it")
+            raise NotWritten("Firecracker loaded memory without opening its disk: its changes are not in it")
+    except asyncio.CancelledError:
+        if work is not None:
+            await asyncio.wait((work,))
+            work.cancelled() or work.exception()  # looked at: nobody else will
+        raise
+    except BaseException:
+        if work is not None:
+            await work  # when it failed, that is why the block did
+        raise
+    else:
+        await work
     finally:
-        loop.remove_reader(gate.fileno())
-        try:
-            if work is not None:
-                await work  # its failure is why the block's load failed
-        finally:
-            gate.close()
+        if work is None:
+            loop.remove_reader(gate.fileno())
+            await to_thread_whole(gate.close)
 
 
 async def _write_held(gate: OpenGate, waiting: int, pid: int, base: Path, changes: Sequence[Path]) -> None:
+    """Write, let it go on or not, and close the gate, which takes the kernel some milliseconds."""
     try:
         await to_thread_whole(_write_all, pid, base, changes)
     except BaseException as error:
         gate.deny(waiting)
         if isinstance(error, OSError):
-            raise RuntimeFailure(f"the machine's changes could not be written to its memory: {error}") from error
+            raise NotWritten(f"the machine's changes could not be written to its memory: {error}") from error
         raise
-    gate.allow(waiting)
+    else:
+        gate.allow(waiting)
+    finally:
+        await to_thread_whole(gate.close)
 
 
 def _write_all(pid: int, base: Path, changes: Sequence[Path]) -> None:
-    places = list(mappings(pid, base.stat()))
-    if not places:
-        raise RuntimeFailure(f"Firecracker has not mapped {base.name} yet")
+    facts = base.stat()
+    places = list(mappings(pid, facts))
+    if sum(end - start for start, end, _ in places) != facts.st_size:
+        raise NotWritten(f"Firecracker has not mapped {base.name}, or not all of it")
     for piece in changes:
         write(pid, places, piece)
 
@@ -139,7 +159,9 @@ def write(pid: int, places: Sequence[tuple[int, int, int]], piece: Path) -> None
     Raises:
         OSError: it is gone, or has no memory there.
     """
-    with piece.open("rb") as reader, mmap.mmap(reader.fileno(), 0, access=mmap.ACCESS_COPY) as content:
+    # Writable, because only of that ctypes gives the address; nothing is written to it, nor kept free for it.
+    flags, access = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+    with piece.open("rb") as reader, mmap.mmap(reader.fileno(), 0, flags=flags, prot=access) as content:
         here = ctypes.addressof(ctypes.c_char.from_buffer(content))
         parts = [
             (here + offset, there, length)

@@ -7,7 +7,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -255,7 +254,10 @@ class MicroVM:
             before = self._chain.pieces
             merged = await to_thread_whole(self._chain.merge, before[1:])
             async with self._changing:
-                if self._chain.replace_merged(before[1:], merged) == (before[0], merged):
+                after = self._chain.replace_merged(before[1:], merged)
+                if after is not None:
+                    self._trusted.add(self._chain.path(merged), merged.checksum)
+                if after == (before[0], merged):
                     self._trusted.rename_held(before, (before[0], merged), self._chain.folder / snapshots.WHOLE)
         except OSError as error:
             log.warning("microvm.chain_not_shortened", machine_id=self.spec.machine_id, reason=str(error))
@@ -281,18 +283,16 @@ class MicroVM:
             os.link(self._chain.path(piece), into / piece.name)
         if below:
             link_whole(self._chain.folder, into)
-        with ThreadPoolExecutor(1, "flush") as beside:
-            flushed = beside.submit(snapshots.flush, into, (name,))
-            pieces = (*below, snapshots.Piece(name, sparse.checksum(into / name)))
-            state_checksum = sparse.checksum(into / snapshots.STATE)
-            flushed.result()
+        # First: while ext4 finds places for what is not on the disk yet, Linux before 6.9 may call it a hole.
+        snapshots.flush(into, name)
+        pieces = (*below, snapshots.Piece(name, sparse.checksum(into / name)))
         snapshots.Manifest(
             firecracker=self._version,
             cpu_count=self.spec.limits.cpu_count,
             memory_mb=self.spec.limits.memory_mb,
             layers=len(self.spec.layers),
             pieces=pieces,
-            state_checksum=state_checksum,
+            state_checksum=sparse.checksum(into / snapshots.STATE),
         ).write(into)
         self._trusted.add(into / name, pieces[-1].checksum)
         if not final:

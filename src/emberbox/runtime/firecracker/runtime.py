@@ -89,7 +89,10 @@ class FirecrackerRuntime:
         self._folders: WeakValueDictionary[tuple[int, int], asyncio.Lock] = WeakValueDictionary()
         self._background: set[asyncio.Task[None]] = set()
         self._one_merge = asyncio.Semaphore(1)
-        self._most_written = changes.MOST_BYTES if changes.can_be_held(settings.machines_dir.parent) else 0
+        self._most_written = changes.MOST_BYTES
+        if not changes.can_be_held(settings.machines_dir.parent):
+            log.warning("microvm.changes_merged", reason="this kernel has no CONFIG_FANOTIFY_ACCESS_PERMISSIONS")
+            self._most_written = 0
         _disable_huge_pages()
 
     @classmethod
@@ -137,8 +140,16 @@ class FirecrackerRuntime:
         async with self._jailed(spec, links) as held:
             jailed = time.perf_counter()
             try:
+                # Not before all is written: who is held goes on when the node ends.
                 async with changes.written(spec.upper, held.require().pid, memory, over):
-                    await held.api.load_snapshot(state=f"/{_STATE}", memory=f"/{_MEMORY}", resume=True)
+                    await held.api.load_snapshot(state=f"/{_STATE}", memory=f"/{_MEMORY}", resume=not over)
+                if over:
+                    await held.api.resume()
+            except changes.NotWritten as error:
+                if processes.is_alive(held.require()):
+                    log.warning("microvm.changes_merged_from_now_on", reason=str(error))
+                    self._most_written = 0
+                raise
             except ApiError as error:
                 raise RuntimeFailure(
                     f"the machine saved by Firecracker {manifest.firecracker} cannot be restored by "
@@ -235,6 +246,7 @@ class FirecrackerRuntime:
         snapshots.verify(folder, manifest, self._trusted)
         base, *later = manifest.pieces
         if self._can_be_written(folder, manifest):
+            (folder / snapshots.WHOLE).unlink(missing_ok=True)
             chain.begin(manifest.pieces, folder)
             return manifest, chain.path(base), [chain.path(piece) for piece in later]
         whole = snapshots.make_whole(folder, manifest.pieces, self._trusted)
@@ -247,7 +259,9 @@ class FirecrackerRuntime:
 
     def _make_whole(self, folder: Path) -> None:
         manifest = snapshots.read_manifest(folder)
-        if not self._can_be_written(folder, manifest):
+        if self._can_be_written(folder, manifest):
+            (folder / snapshots.WHOLE).unlink(missing_ok=True)
+        else:
             snapshots.make_whole(folder, manifest.pieces, self._trusted)
 
     @contextlib.asynccontextmanager

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,14 +55,13 @@ class Manifest:
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
-        """Put the manifest in place in one step, after all it names is safely on the disk."""
-        flush(folder, (piece.name for piece in self.pieces))
+        """Put the manifest in place in one step. All that it names must be on the disk by now: see `flush`."""
         replace_file(folder / _MANIFEST, json.dumps(asdict(self), indent=1).encode())
 
 
-def flush(folder: Path, pieces: Iterable[str]) -> None:
-    """Return when devices, disk and these pieces of memory are on the disk."""
-    for name in (STATE, UPPER, *pieces):
+def flush(folder: Path, piece: str) -> None:
+    """Return when devices, disk and the newest piece of memory are on the disk, as all older ones are."""
+    for name in (STATE, UPPER, piece):
         sparse.flush(folder / name)
 
 
@@ -226,6 +224,7 @@ def merge_pieces(folder: Path, pieces: tuple[Piece, ...], into: Path) -> Piece:
         sparse.clone(folder / pieces[0].name, work, mode=0o444)
         for later in pieces[1:]:
             sparse.overlay(folder / later.name, work)
+        sparse.flush(work)
         piece = Piece(merged.name, sparse.checksum(work))
         work.rename(merged)
     except BaseException:

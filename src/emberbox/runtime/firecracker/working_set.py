@@ -28,8 +28,7 @@ Ranges = list[tuple[int, int]]
 def record(pid: int, memory: Path, folder: Path) -> Ranges:
     """Write down which pages of the file `memory` the process has touched in its mapping of it, and return them.
 
-    When none is found nothing is written, and the next restore may try again: the mapping may be gone, or be listed
-    with another device than stat(2) says, as on btrfs.
+    When none is found nothing is written, and the next restore may try again.
 
     Args:
         folder: where `NAME` is put, in one step.
@@ -77,13 +76,13 @@ def _touched(pid: int, memory: Path) -> Iterator[tuple[int, int]]:
 
 def mappings(pid: int, file: os.stat_result) -> Iterator[tuple[int, int, int]]:
     """Yield (start, end, offset in the file) of the process's mappings of a file, lowest offset first."""
-    device = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}"
     found = []
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-        span, _, offset, at, inode = line.split()[:5]
-        if at == device and int(inode) == file.st_ino:
-            start, _, end = span.partition("-")
-            found.append((int(start, 16), int(end, 16), int(offset, 16)))
+        span, _, offset, _, inode = line.split()[:5]
+        start, end = (int(part, 16) for part in span.split("-"))
+        # The device in this list is another one than stat(2) says on Btrfs and overlayfs.
+        if int(inode) == file.st_ino and os.path.samestat(os.stat(f"/proc/{pid}/map_files/{start:x}-{end:x}"), file):
+            found.append((start, end, int(offset, 16)))
     yield from sorted(found, key=lambda mapping: mapping[2])
 
 
