@@ -131,8 +131,9 @@ class Lifecycle:
 
     async def _pause(self, record: SandboxRecord, *, memory: bool) -> None:
         sandbox_id = record.id
+        await self._plane.edge.drop_route(sandbox_id)
         try:
-            await self._pause_on_node(record, memory=memory)
+            await self._plane.nodes.get(record.node_id).pause(sandbox_id, memory=memory)
         except Conflict as error:
             # Most likely it reached its deadline in this very moment and paused by itself; the node will say.
             await self._not_done(record, Event.PAUSE_FAILED, error)
@@ -146,14 +147,6 @@ class Lifecycle:
         if await self._paused(sandbox_id) is None:
             raise sandbox_not_found(sandbox_id)
         log.info("sandbox.paused", sandbox_id=sandbox_id, memory=memory)
-
-    async def _pause_on_node(self, record: SandboxRecord, *, memory: bool) -> None:
-        """Take the route away while the node begins: neither needs the other."""
-        dropped = asyncio.create_task(self._plane.edge.drop_route(record.id), name=f"drop route {record.id}")
-        try:
-            await self._plane.nodes.get(record.node_id).pause(record.id, memory=memory)
-        finally:
-            await dropped
 
     async def _paused(self, sandbox_id: str) -> SandboxRecord | None:
         return await self._move(sandbox_id, Event.PAUSE_DONE, {"worker": None, "paused_at": now_ms(), "address": ""})
