@@ -35,6 +35,9 @@ FAST = (
     "tests/clients/test_pty.py",
     "tests/clients/test_async_client.py",
     "tests/clients/test_create.py",
+    "tests/clients/test_life_cycle.py",
+    "tests/clients/test_list.py",
+    "tests/clients/test_errors.py",
 )
 ALL = ("tests/lab", "tests/clients")
 FAST_SECONDS = 1500.0
