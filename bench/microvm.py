@@ -51,14 +51,12 @@ class SavedMachine:
 
     def lay_out_memory(self, target: Path) -> None:
         """Make one file of all its memory, safely on the disk: nobody else writes while the clock runs."""
-        base, *changes = (self.directory / piece.name for piece in snapshots.read_manifest(self.directory).pieces)
-        if not changes:
-            os.link(base, target)
-            return
-        sparse.clone(base, target)
-        for piece in changes:
-            sparse.overlay(piece, target)
-        sparse.flush(target)
+        pieces = snapshots.read_manifest(self.directory).pieces
+        if len(pieces) == 1:
+            os.link(self.directory / pieces[0].name, target)
+        else:
+            merged = snapshots.merge_pieces(self.directory, pieces, target.parent)
+            (target.parent / merged.name).rename(target)
 
 
 class Unix(http.client.HTTPConnection):

@@ -161,6 +161,7 @@ class Lifecycle:
         timeout: int | None,
         auto_pause: bool | None = None,
         memory: bool = True,
+        current: SandboxRecord | None = None,
     ) -> SandboxRecord:
         """Let a paused sandbox run again.
 
@@ -169,6 +170,7 @@ class Lifecycle:
                 may have it.
             auto_pause: a new setting for the deadline; None keeps the one it has.
             memory: False starts it from its files alone.
+            current: the sandbox, when it was just looked up.
 
         Raises:
             NotFound: no such sandbox.
@@ -176,25 +178,7 @@ class Lifecycle:
             TooMany: the team has all the sandboxes it may have.
             ControlError: the node could not resume it; it stays paused.
         """
-        return await self._resume(
-            team,
-            await self._sandboxes.get(team, sandbox_id),
-            timeout=timeout,
-            auto_pause=auto_pause,
-            memory=memory,
-        )
-
-    async def _resume(
-        self,
-        team: TeamRecord,
-        current: SandboxRecord,
-        *,
-        timeout: int | None,
-        auto_pause: bool | None = None,
-        memory: bool = True,
-    ) -> SandboxRecord:
-        """As `resume`, of a sandbox that was just looked up."""
-        sandbox_id = current.id
+        current = current or await self._sandboxes.get(team, sandbox_id)
         if timeout is None:
             left = max(0, current.end_at - (current.paused_at or current.end_at)) // 1000
             timeout = min(max(_RESUME_SECONDS, left), team.max_timeout_seconds)
@@ -277,7 +261,7 @@ class Lifecycle:
                 except Conflict:
                     continue
             try:
-                resumed = await self._resume(team, record, timeout=timeout, memory=memory)
+                resumed = await self.resume(team, sandbox_id, timeout=timeout, memory=memory, current=record)
             except Conflict:
                 # Somebody was faster; look again what came of it.
                 continue
@@ -309,7 +293,7 @@ class Lifecycle:
                 raise Forbidden(f"sandbox {sandbox_id!r} was paused without its memory; resume it explicitly")
             timeout = min(max(_WAKE_SECONDS, settled.timeout_seconds), team.max_timeout_seconds)
             try:
-                return await self._resume(team, settled, timeout=timeout)
+                return await self.resume(team, sandbox_id, timeout=timeout, current=settled)
             except Conflict:
                 continue
         raise Conflict(f"sandbox {sandbox_id!r} is changing its state; try again in a moment")

@@ -225,7 +225,7 @@ class FirecrackerRuntime:
         await asyncio.sleep(_MERGE_AFTER_SECONDS)
         try:
             async with self._one_merge, self._folder_lock(folder):
-                await to_thread_whole(self._make_whole, folder)
+                await to_thread_whole(lambda: self._load_from(folder, snapshots.read_manifest(folder)))
         except (OSError, RuntimeFailure) as error:
             if await asyncio.to_thread(folder.exists):  # else it was resumed or deleted meanwhile
                 # Not lost: the pieces are there, and the restore makes it itself.
@@ -244,25 +244,17 @@ class FirecrackerRuntime:
         """
         manifest = snapshots.read_manifest(folder)
         snapshots.verify(folder, manifest, self._trusted)
-        base, *later = manifest.pieces
-        if self._can_be_written(folder, manifest):
-            (folder / snapshots.WHOLE).unlink(missing_ok=True)
-            chain.begin(manifest.pieces, folder)
-            return manifest, chain.path(base), [chain.path(piece) for piece in later]
-        whole = snapshots.make_whole(folder, manifest.pieces, self._trusted)
+        memory, over = self._load_from(folder, manifest)
         chain.begin(manifest.pieces, folder)
-        return manifest, chain.folder / whole.name, []
+        return manifest, chain.folder / memory, [chain.folder / name for name in over]
 
-    def _can_be_written(self, folder: Path, manifest: snapshots.Manifest) -> bool:
-        """Whether a restore writes the changes itself, instead of loading a file in which they are merged."""
-        return changes.size([folder / piece.name for piece in manifest.pieces[1:]]) <= self._most_written
-
-    def _make_whole(self, folder: Path) -> None:
-        manifest = snapshots.read_manifest(folder)
-        if self._can_be_written(folder, manifest):
+    def _load_from(self, folder: Path, manifest: snapshots.Manifest) -> tuple[str, list[str]]:
+        """Return the name of the file that a restore loads, made when it is not there, and of the changes to write."""
+        base, *later = (piece.name for piece in manifest.pieces)
+        if changes.size([folder / name for name in later]) <= self._most_written:
             (folder / snapshots.WHOLE).unlink(missing_ok=True)
-        else:
-            snapshots.make_whole(folder, manifest.pieces, self._trusted)
+            return base, later
+        return snapshots.make_whole(folder, manifest.pieces, self._trusted).name, []
 
     @contextlib.asynccontextmanager
     async def _folder_lock(self, folder: Path) -> AsyncIterator[None]:
