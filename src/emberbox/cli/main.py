@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from emberbox import __version__
 from emberbox.cli.errors import CliError
-from emberbox.cli.output import err
+from emberbox.cli.output import err, open_closed_streams
 from emberbox.settings import Settings
 
 # Commands import what they need when they run: `emberbox env` must not wait for gRPC and the rest.
@@ -56,6 +56,7 @@ def settings_from(**given: Any) -> Settings:
 
 def run() -> None:
     """Run the command line; every expected failure becomes one sentence and an exit code."""
+    open_closed_streams()
     try:
         app()
     except CliError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,6 +16,18 @@ out = Console(highlight=False, soft_wrap=True)
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 """Everything that is not the result: progress, notes, errors. Standard error."""
+
+
+def open_closed_streams() -> None:
+    """Have standard streams that the caller closed lead nowhere, for what is written to them and for child processes.
+
+    Otherwise the first files that are opened get their numbers. Call it first.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(nothing, True)
+            setattr(sys, name, os.fdopen(nothing, mode))
 
 
 def print_json(value: Any) -> None:
