@@ -16,7 +16,7 @@ from emberbox.linux.opengate import OpenGate
 from emberbox.runtime.firecracker import changes
 
 pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not changes.can_be_held(Path(__file__).parent),
+    os.geteuid() != 0 or bool(changes.why_not_held(Path(__file__).parent)),
     reason="needs root and a kernel that can hold who opens a file (CONFIG_FANOTIFY_ACCESS_PERMISSIONS)",
 )
 

@@ -9,13 +9,14 @@ nobody else has.
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
 import ctypes
 import errno
 import mmap
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 
 from emberbox.linux import sparse
@@ -32,29 +33,26 @@ _MAP_NORESERVE = 0x4000  # asm-generic/mman.h; Python names it since 3.13
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class _Part(ctypes.Structure):
-    """struct iovec"""
-
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
 _libc.process_vm_writev.argtypes = [
     ctypes.c_int,
-    ctypes.POINTER(_Part),
+    ctypes.c_void_p,
     ctypes.c_ulong,
-    ctypes.POINTER(_Part),
+    ctypes.c_void_p,
     ctypes.c_ulong,
     ctypes.c_ulong,
 ]
 _libc.process_vm_writev.restype = ctypes.c_ssize_t
+
+_Part = tuple[int, int, int]
+"""(address here, address there, length)"""
 
 
 class NotWritten(RuntimeFailure):
     """A machine's changes did not get into its memory. It must be ended, and may be loaded from one file instead."""
 
 
-def can_be_held(folder: Path) -> bool:
-    """Whether this kernel has the gate that it takes, tried on a file in `folder`."""
+def why_not_held(folder: Path) -> str:
+    """Return why this kernel has not the gate that it takes, tried on a file in `folder`; empty when it has."""
     path = folder / "gate"
     try:
         path.touch()
@@ -62,9 +60,11 @@ def can_be_held(folder: Path) -> bool:
             OpenGate(path).close()
         finally:
             path.unlink()
-    except OSError:
-        return False
-    return True
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return "the kernel was built without CONFIG_FANOTIFY_ACCESS_PERMISSIONS"
+        return str(error)
+    return ""
 
 
 def size(changes: Sequence[Path]) -> int:
@@ -163,30 +163,29 @@ def write(pid: int, places: Sequence[tuple[int, int, int]], piece: Path) -> None
     flags, access = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
     with piece.open("rb") as reader, mmap.mmap(reader.fileno(), 0, flags=flags, prot=access) as content:
         here = ctypes.addressof(ctypes.c_char.from_buffer(content))
-        parts = [
-            (here + offset, there, length)
-            for data in sparse.data_ranges(piece)
-            for offset, there, length in _placed(data, places)
-        ]
+        parts = _placed(sparse.data_ranges(piece), places, here)
         for first in range(0, len(parts), _MOST_PARTS):
             _write_parts(pid, parts[first : first + _MOST_PARTS])
 
 
-def _placed(data: tuple[int, int], places: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
-    """Yield (offset in the file, address, length) of a data range, cut where the mappings are."""
-    begin, end = data[0], data[0] + data[1]
-    for start, stop, offset in places:
-        low, high = max(begin, offset), min(end, offset + stop - start)
-        if low < high:
-            yield low, start + low - offset, high - low
+def _placed(ranges: Iterable[tuple[int, int]], places: Sequence[tuple[int, int, int]], here: int) -> list[_Part]:
+    """Return the parts that ranges of a file, which begins `here`, are cut into by the mappings."""
+    parts = []
+    for begin, length in ranges:
+        for start, stop, offset in places:
+            low, high = max(begin, offset), min(begin + length, offset + stop - start)
+            if low < high:
+                parts.append((here + low, start + low - offset, high - low))
+    return parts
 
 
-def _write_parts(pid: int, parts: Sequence[tuple[int, int, int]]) -> None:
-    count = len(parts)
-    local = (_Part * count)(*(_Part(here, length) for here, _, length in parts))
-    remote = (_Part * count)(*(_Part(there, length) for _, there, length in parts))
+def _write_parts(pid: int, parts: Sequence[_Part]) -> None:
+    # Each is struct iovec, an address and a length, one after the other.
+    local = array.array("Q", [word for here, _, length in parts for word in (here, length)])
+    remote = array.array("Q", [word for _, there, length in parts for word in (there, length)])
     expected = sum(length for _, _, length in parts)
-    done = _libc.process_vm_writev(pid, local, count, remote, count, 0)
+    count = len(parts)
+    done = _libc.process_vm_writev(pid, local.buffer_info()[0], count, remote.buffer_info()[0], count, 0)
     if done != expected:
         error = ctypes.get_errno() if done < 0 else errno.EFAULT  # it stops where memory ends
         raise OSError(error, f"{max(done, 0)} of {expected} bytes of memory written: {os.strerror(error)}")

@@ -33,6 +33,8 @@ _END_SECONDS = 10.0
 _CONSOLE_LIMIT = MIB
 _LONGEST_CHAIN = 4
 """Pieces of memory behind a running machine; the changes among more are merged, off every request's path."""
+_SHORTEN_AFTER_SECONDS = 3.0
+"""The request that made the chain long, a fork's above all, still has work to do that merging would slow down."""
 
 
 class MicroVM:
@@ -251,6 +253,7 @@ class MicroVM:
     async def _shorten_chain(self) -> None:
         """Merge the changes behind the machine into one, without keeping it from being saved meanwhile."""
         try:
+            await asyncio.sleep(_SHORTEN_AFTER_SECONDS)
             before = self._chain.pieces
             merged = await to_thread_whole(self._chain.merge, before[1:])
             async with self._changing:

@@ -90,8 +90,8 @@ class FirecrackerRuntime:
         self._background: set[asyncio.Task[None]] = set()
         self._one_merge = asyncio.Semaphore(1)
         self._most_written = changes.MOST_BYTES
-        if not changes.can_be_held(settings.machines_dir.parent):
-            log.warning("microvm.changes_merged", reason="this kernel has no CONFIG_FANOTIFY_ACCESS_PERMISSIONS")
+        if reason := changes.why_not_held(settings.machines_dir.parent):
+            log.warning("microvm.changes_merged", reason=reason)
             self._most_written = 0
         _disable_huge_pages()
 

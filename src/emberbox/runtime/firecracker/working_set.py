@@ -77,7 +77,10 @@ def _touched(pid: int, memory: Path) -> Iterator[tuple[int, int]]:
 def mappings(pid: int, file: os.stat_result) -> Iterator[tuple[int, int, int]]:
     """Yield (start, end, offset in the file) of the process's mappings of a file, lowest offset first."""
     found = []
+    number = f" {file.st_ino} "
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        if number not in line:
+            continue
         span, _, offset, _, inode = line.split()[:5]
         start, end = (int(part, 16) for part in span.split("-"))
         # The device in this list is another one than stat(2) says on Btrfs and overlayfs.
