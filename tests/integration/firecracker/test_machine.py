@@ -16,6 +16,7 @@ import pytest
 from emberbox.linux import processes
 from emberbox.runtime.base import KeepsSpares, Machine, MachineSpec, Rates, Runtime, Saved
 from emberbox.runtime.errors import MachineGone, RuntimeFailure, SavedDamaged
+from emberbox.runtime.firecracker import machine as firecracker_machine
 from emberbox.runtime.firecracker import snapshots
 from emberbox.runtime.firecracker.errors import ApiError
 from emberbox.runtime.firecracker.jail import Jail, JailerSettings, cgroup_version
@@ -354,8 +355,9 @@ async def test_a_machine_saved_twice_is_restored_from_all_its_memory(
 
 
 async def test_a_machine_saved_many_times_keeps_a_short_chain(
-    runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
+    runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(firecracker_machine, "_SHORTEN_AFTER_SECONDS", 0.05)
     machine = await runtime.start(new_spec("m1"))
     for number in range(9):
         (tmp_path / str(number)).mkdir()
