@@ -17,6 +17,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
@@ -31,8 +32,6 @@ from emberbox.linux.processes import ProcessId, end_and_wait, identify
 from emberbox.runtime.firecracker import snapshots
 from emberbox.settings import Settings
 
-NAME = "ebfloor"
-HOST, MACHINE = IPv4Address("198.19.255.253"), IPv4Address("198.19.255.254")
 AGENT_PORT = 49983
 GIVE_UP_SECONDS = 120.0
 DIRTIED_MIB = 20
@@ -40,6 +39,27 @@ DIRTIED_MIB = 20
 CROWD = (1, 10, 30)
 """Sandboxes that run, this one among them, when a create is measured."""
 FORKS = (1, 20)
+_AT_ONCE = 8
+"""Bare machines that are started at the same time."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A namespace for one bare machine, and both ends of the way to it."""
+
+    number: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"ebfloor{self.number}"
+
+    @property
+    def host(self) -> IPv4Address:
+        return IPv4Address("198.19.254.1") + 4 * self.number
+
+    @property
+    def machine(self) -> IPv4Address:
+        return self.host + 1
 
 
 @dataclass(frozen=True)
@@ -124,33 +144,32 @@ def _exchange(
 
 
 @contextlib.contextmanager
-def bare_namespace() -> Iterator[None]:
+def bare_namespace(place: Place) -> Iterator[None]:
     """What a slot is, without its firewall: made before the clock starts, as slots are."""
 
     def connect() -> None:
         with Netlink() as netlink:
-            netlink.add_address("eth0", IPv4Interface(f"{MACHINE}/30"))
+            netlink.add_address("eth0", IPv4Interface(f"{place.machine}/30"))
             netlink.set_up("eth0")
-            netlink.add_default_route(HOST)
-        taps.add(MACHINE, HOST)
+            netlink.add_default_route(place.host)
+        taps.add(place.machine, place.host)
 
-    netns.create(NAME, lambda: None)
+    netns.create(place.name, lambda: None)
     try:
-        with netns.opened(NAME) as namespace, Netlink() as netlink:
-            netlink.add_veth(NAME, "eth0", namespace)
-            netlink.add_address(NAME, IPv4Interface(f"{HOST}/30"))
-            netlink.set_up(NAME)
-        netns.run_in(NAME, connect)
+        with netns.opened(place.name) as namespace, Netlink() as netlink:
+            netlink.add_veth(place.name, "eth0", namespace)
+            netlink.add_address(place.name, IPv4Interface(f"{place.host}/30"))
+            netlink.set_up(place.name)
+        netns.run_in(place.name, connect)
         yield
     finally:
         with Netlink() as netlink:
-            netlink.delete(NAME)
-        netns.delete(NAME)
+            netlink.delete(place.name)
+        netns.delete(place.name)
 
 
-def bare_restore(saved: SavedMachine, firecracker: Path, work: Path) -> tuple[dict[str, float], ProcessId, Path]:
-    """Lay the files out, then measure spawn, load and the first answer of the agent."""
-    root = work / "root"
+def lay_out(saved: SavedMachine, firecracker: Path, root: Path) -> None:
+    """Put what a Firecracker needs below `root`."""
     root.mkdir(parents=True)
     saved.lay_out_memory(root / "memory")
     os.link(saved.directory / snapshots.STATE, root / "state")
@@ -164,23 +183,32 @@ def bare_restore(saved: SavedMachine, firecracker: Path, work: Path) -> tuple[di
     for name, device in (("kvm", os.stat("/dev/kvm")), ("net/tun", os.stat("/dev/net/tun"))):
         os.mknod(root / "dev" / name, device.st_mode, device.st_rdev)
     os.mknod(root / "dev" / "urandom", os.stat("/dev/urandom").st_mode, os.stat("/dev/urandom").st_rdev)
+
+
+def bare_restore(root: Path, place: Place) -> tuple[dict[str, float], ProcessId, Path]:
+    """Measure spawn, load and the first answer of the agent, with what was laid out in `root`."""
     began = time.perf_counter()
-    child = netns.run_in(NAME, lambda: _spawn(root))
-    socket = root / "api.sock"
-    _until(lambda: _put(socket, "GET", "/", None))
-    spawned = time.perf_counter()
-    body = {
-        "snapshot_path": "/state",
-        "mem_backend": {"backend_type": "File", "backend_path": "/memory"},
-        "enable_diff_snapshots": True,
-        "resume_vm": True,
-    }
-    _put(socket, "PUT", "/snapshot/load", body)
-    loaded = time.perf_counter()
-    _until(_agent_answers)
-    answered = time.perf_counter()
-    identity = identify(child.pid)
-    assert identity is not None
+    child = netns.run_in(place.name, lambda: _spawn(root))
+    try:
+        socket = root / "api.sock"
+        _until(lambda: _put(socket, "GET", "/", None))
+        spawned = time.perf_counter()
+        body = {
+            "snapshot_path": "/state",
+            "mem_backend": {"backend_type": "File", "backend_path": "/memory"},
+            "enable_diff_snapshots": True,
+            "resume_vm": True,
+        }
+        _put(socket, "PUT", "/snapshot/load", body)
+        loaded = time.perf_counter()
+        _until(lambda: _agent_answers(place))
+        answered = time.perf_counter()
+        identity = identify(child.pid)
+        assert identity is not None
+    except BaseException:
+        child.kill()
+        child.wait()
+        raise
     times = {"spawn": spawned - began, "load": loaded - spawned, "whole": answered - began}
     return times, identity, socket
 
@@ -223,8 +251,8 @@ def _put(socket: Path, method: str, path: str, body: Any) -> bool:
     return True
 
 
-def _agent_answers() -> bool:
-    connection = http.client.HTTPConnection(str(MACHINE), AGENT_PORT, timeout=1)
+def _agent_answers(place: Place) -> bool:
+    connection = http.client.HTTPConnection(str(place.machine), AGENT_PORT, timeout=1)
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status < 500
@@ -248,11 +276,13 @@ def _until(check: Callable[[], bool]) -> None:
 def floor(template: SavedMachine, firecracker: Path, work: Path, runs: int) -> dict[str, list[float]]:
     """Bare figures, in seconds and `memory` in MiB, of `runs` machines one after the other."""
     found: dict[str, list[float]] = {name: [] for name in ("spawn", "load", "whole", "memory", "pause")}
+    place = Place()
     for _ in range(runs):
-        with bare_namespace():
-            times, identity, socket = bare_restore(template, firecracker, work)
+        with bare_namespace(place):
+            lay_out(template, firecracker, work)
+            times, identity, socket = bare_restore(work, place)
             times["memory"] = written_mib(identity.pid)
-            _dirty(f"{MACHINE}:{AGENT_PORT}", {})
+            _dirty(f"{place.machine}:{AGENT_PORT}", {})
             times["pause"] = bare_pause(socket)
             end_and_wait(identity, GIVE_UP_SECONDS)
         subprocess.run(["rm", "-rf", str(work)], check=True)
@@ -263,11 +293,37 @@ def floor(template: SavedMachine, firecracker: Path, work: Path, runs: int) -> d
 
 def floor_of_paused(saved: SavedMachine, firecracker: Path, work: Path) -> float:
     """Seconds until a machine that was paused answers when it is restored bare."""
-    with bare_namespace():
-        times, identity, _ = bare_restore(saved, firecracker, work)
+    with bare_namespace(Place()):
+        lay_out(saved, firecracker, work)
+        times, identity, _ = bare_restore(work, Place())
         end_and_wait(identity, GIVE_UP_SECONDS)
     subprocess.run(["rm", "-rf", str(work)], check=True)
     return times["whole"]
+
+
+def floor_of_many(template: SavedMachine, firecracker: Path, work: Path, count: int, processors: set[int]) -> float:
+    """Seconds until `count` bare machines, restored at once on these processors, have all answered."""
+    places = [Place(number) for number in range(count)]
+    with contextlib.ExitStack() as namespaces:
+        for place in places:
+            namespaces.enter_context(bare_namespace(place))
+            lay_out(template, firecracker, work / place.name)
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, processors)  # threads and processes inherit it
+        try:
+            began = time.perf_counter()
+            with ThreadPoolExecutor(_AT_ONCE) as threads:
+                restores = [threads.submit(bare_restore, work / place.name, place) for place in places]
+            whole = time.perf_counter() - began
+        finally:
+            os.sched_setaffinity(0, before)
+        for restore in restores:
+            if restore.exception() is None:
+                end_and_wait(restore.result()[1], GIVE_UP_SECONDS)
+        for restore in restores:
+            restore.result()
+    subprocess.run(["rm", "-rf", str(work)], check=True)
+    return whole
 
 
 def ours(api: Api, runs: int, rest: float, bare_resume: Callable[[str], float] | None = None) -> dict[str, list[float]]:
@@ -350,12 +406,13 @@ def _create(api: Api) -> tuple[dict[str, Any], float]:
     return made, time.perf_counter() - began
 
 
-def idle_memory(api: Api, settings: Settings) -> float:
-    """MiB of its own that the Firecracker of a sandbox has which nobody has used yet."""
+def idle_machine(api: Api, settings: Settings) -> tuple[float, set[int]]:
+    """Of the Firecracker of a sandbox which nobody has used yet: MiB of its own, and the processors it may use."""
     sandbox = _create(api)[0]["sandboxID"]
     try:
         record = json.loads((settings.node_dir / "records" / f"{sandbox}.json").read_text())
-        return written_mib(record["machine"]["facts"]["pid"])
+        pid = record["machine"]["facts"]["pid"]
+        return written_mib(pid), os.sched_getaffinity(pid)
     finally:
         api.ask("DELETE", f"/sandboxes/{sandbox}")
 
@@ -382,13 +439,17 @@ def measure(args: argparse.Namespace) -> Result:
         (directory,) = settings.node_dir.glob(f"saved/{sandbox}-*")
         return floor_of_paused(SavedMachine(directory, template.layers), firecracker, work)
 
+    def bare_many(count: int, processors: set[int]) -> float:
+        return floor_of_many(template, firecracker, work, count, processors)
+
     try:
         bare = floor(template, firecracker, work, args.runs)
+        bare_memory = percentile(bare.pop("memory"), 0.5)
         through = ours(api, args.runs, args.rest, bare_resume)
+        crowd_rows = _crowd_rows(api, settings, bare_memory, bare_many) if args.crowd else []
     finally:
         subprocess.run(["rm", "-rf", str(work)], check=True)
     bare["bare pause"] = bare.pop("pause")
-    bare_memory = percentile(bare.pop("memory"), 0.5)
     middle = {name: percentile(values, 0.5) for name, values in {**bare, **through}.items()}
     late = {f"{name} p95": percentile(values, 0.95) for name, values in through.items()}
     details: dict[str, float | int | str] = {
@@ -406,18 +467,18 @@ def measure(args: argparse.Namespace) -> Result:
             1.5,
         ),
     ]
-    if args.crowd:
-        rows += _crowd_rows(api, settings, bare_memory)
-    return Result(
-        f"Firecracker sandboxes against a bare restore ({'from the pool' if args.rest > 0 else 'pool empty'})", rows
-    )
+    start = "from the pool" if args.rest > 0 else "pool empty"
+    return Result(f"Firecracker sandboxes against a bare restore ({start})", [*rows, *crowd_rows])
 
 
-def _crowd_rows(api: Api, settings: Settings, bare_memory: float) -> list[Row]:
-    own = idle_memory(api, settings)
+def _crowd_rows(
+    api: Api, settings: Settings, bare_memory: float, bare_many: Callable[[int, set[int]], float]
+) -> list[Row]:
+    own, processors = idle_machine(api, settings)
     among = crowd(api, CROWD, samples=3)
     several = forks(api, FORKS)
     few, many = FORKS
+    bare = {count: bare_many(count, processors) for count in FORKS}
     return [
         Row(
             "private memory of an idle sandbox beyond the floor's",
@@ -439,6 +500,12 @@ def _crowd_rows(api: Api, settings: Settings, bare_memory: float) -> list[Row]:
             "x",
             4.0,
             details={f"{count} forks": f"{seconds * 1000:.0f} ms" for count, seconds in several.items()},
+        ),
+        Row(
+            f"{many} bare restores at once / {few}",
+            bare[many] / bare[few],
+            "x",
+            details={f"{count} restores": f"{seconds * 1000:.0f} ms" for count, seconds in bare.items()},
         ),
     ]
 
