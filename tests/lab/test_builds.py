@@ -92,6 +92,30 @@ def test_a_build_copies_runs_and_keeps_its_start_command_in_memory(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_guest_with_memory_on_both_sides_of_the_gap_below_4_gib_is_resumed_and_forked(
+    name: str, start: Callable[[], Sandbox]
+) -> None:
+    """Firecracker maps what lies above 3 GiB apart from the rest, and the kernel takes that first."""
+    Template.build(Template().from_template("base").run_cmd("true"), name, cpu_count=1, memory_mb=3584)
+    sandbox = start()
+    look = "cksum < /dev/shm/numbers; awk '/MemTotal/ {print $2}' /proc/meminfo"
+    said = run(sandbox, f"seq 1000000 > /dev/shm/numbers; {look}")
+    assert int(said.split()[-1]) > 3 * 1024 * 1024
+
+    for _ in range(2):
+        sandbox.pause(request_timeout=PATIENCE)
+        sandbox = Sandbox.connect(sandbox.sandbox_id, timeout=1800, request_timeout=PATIENCE)
+        assert run(sandbox, look) == said
+    (fork,) = sandbox.fork(count=1, timeout=1800, request_timeout=PATIENCE)
+    try:
+        assert run(fork, look) == said
+        assert run(sandbox, look) == said
+    finally:
+        fork.kill(request_timeout=PATIENCE)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_the_code_interpreter_waits_in_the_memory_of_its_template(name: str, tmp_path: Path) -> None:
     """With the server and the Python kernel that ship, not the data tools: installing those takes long here."""
