@@ -19,9 +19,9 @@ die() {
 
 base_packages=(
   ca-certificates runc haproxy nftables iproute2 kmod procps
-  e2fsprogs erofs-utils util-linux mmdebstrap debian-archive-keyring skopeo umoci lz4
+  e2fsprogs erofs-utils util-linux mmdebstrap debian-archive-keyring skopeo umoci lz4 zstd
 )
-test_packages=(busybox-static postgresql wrk git docker-registry apache2-utils zstd)
+test_packages=(busybox-static postgresql wrk git docker-registry apache2-utils)
 lab_packages=(qemu-system-x86 openssh-client git)
 
 missing_packages() {

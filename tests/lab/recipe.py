@@ -117,7 +117,7 @@ def _boot_stage(cache: Path, suite: str) -> Path:
     with _unfinished(stage) as work:
         unpacked = work / "tree"
         unpacked.mkdir()
-        tree = kernel.unpack_package(kernel.fetch_package(work), unpacked)
+        tree = kernel.unpack_packages(kernel.fetch_packages(work), unpacked)
         shutil.copy2(tree.vmlinuz, work / "vmlinuz")
         busybox = _busybox(work)
         archive = initramfs.cpio(
@@ -156,7 +156,7 @@ def _base_stage(cache: Path, suite: str, boot: Path) -> Path:
         _install_file(root, "etc/inittab", _read("inittab"), 0o644)
         _install_file(root, "etc/hostname", "emberbox-lab\n", 0o644)
         _install_file(root, "etc/hosts", "127.0.0.1 localhost\n127.0.1.1 emberbox-lab\n", 0o644)
-        modules = next((boot / "tree" / "lib" / "modules").iterdir())
+        modules = kernel.open_tree(boot / "tree").modules
         shutil.copytree(modules, root / "lib" / "modules" / modules.name, symlinks=True)
         _run("chroot", str(root), "depmod", modules.name)
         if _CA_BUNDLE.exists():

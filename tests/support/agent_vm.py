@@ -34,7 +34,7 @@ def kernel_tree() -> kernel.KernelTree:
         if not (folder / "package").exists():
             work = Path(tempfile.mkdtemp(dir=folder))
             try:
-                kernel.unpack_package(kernel.fetch_package(work), work / "tree")
+                kernel.unpack_packages(kernel.fetch_packages(work), work / "tree")
                 (work / "tree").rename(folder / "package")
             finally:
                 shutil.rmtree(work, ignore_errors=True)

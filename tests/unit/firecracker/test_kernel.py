@@ -129,14 +129,54 @@ def test_package_lists_are_fetched_when_apt_has_none(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(kernel, "_run", apt)
 
-    package = kernel.fetch_package(tmp_path)
+    packages = kernel.fetch_packages(tmp_path)
 
-    assert package.name == "linux-image-9-cloud-amd64_1_amd64.deb"
-    assert asked == ["apt-cache depends", "apt-get update", "apt-cache depends", "apt-get download"]
+    assert [package.name for package in packages] == ["linux-image-9-cloud-amd64_1_amd64.deb"]
+    assert asked[-3:] == ["apt-cache depends", "apt-cache depends", "apt-get download"]
+    assert asked.count("apt-get update") == 1
+
+
+def test_modules_that_have_a_package_of_their_own_are_fetched_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Ubuntu."""
+    known = {
+        "linux-image-virtual": "linux-image-virtual\n  Depends: linux-image-6.8.0-1-generic\n",
+        "linux-image-6.8.0-1-generic": (
+            "linux-image-6.8.0-1-generic\n  Depends: kmod\n  Depends: linux-base\n"
+            "  Depends: linux-modules-6.8.0-1-generic\n"
+        ),
+    }
+
+    def apt(command: list[str], cwd: Path | None = None) -> str:
+        if command[1] == "download":
+            for name in command[3:]:
+                (tmp_path / f"{name}_1_amd64.deb").touch()
+            return ""
+        if command[-1] not in known:
+            raise GuestFilesError("E: No packages found")
+        return known[command[-1]]
+
+    monkeypatch.setattr(kernel, "_run", apt)
+
+    assert [package.name for package in kernel.fetch_packages(tmp_path)] == [
+        "linux-image-6.8.0-1-generic_1_amd64.deb",
+        "linux-modules-6.8.0-1-generic_1_amd64.deb",
+    ]
+
+
+@pytest.mark.parametrize("above", ["lib", "usr/lib"])
+def test_modules_are_found_in_both_places(tmp_path: Path, above: str) -> None:
+    (tmp_path / "boot").mkdir()
+    (tmp_path / "boot" / "vmlinuz-6.12.1-cloud").touch()
+    modules = tmp_path / above / "modules" / "6.12.1-cloud"
+    modules.mkdir(parents=True)
+
+    assert kernel.open_tree(tmp_path).modules == modules
 
 
 def test_a_kernel_that_apt_never_heard_of_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "_run", lambda command, cwd=None: "")
 
     with pytest.raises(GuestFilesError, match="EMBERBOX_GUEST_KERNEL"):
-        kernel.fetch_package(tmp_path)
+        kernel.fetch_packages(tmp_path)

@@ -111,7 +111,7 @@ def _kernel_tree(folder: Path) -> kernel.KernelTree:
         try:
             unpacked = work / "tree"
             unpacked.mkdir()
-            kernel.unpack_package(kernel.fetch_package(work), unpacked)
+            kernel.unpack_packages(kernel.fetch_packages(work), unpacked)
             unpacked.rename(place)
         finally:
             shutil.rmtree(work, ignore_errors=True)

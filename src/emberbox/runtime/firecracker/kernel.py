@@ -1,6 +1,6 @@
-"""The guest kernel: Debian's cloud kernel package, unpacked.
+"""The guest kernel: the distribution's kernel for virtual machines, unpacked.
 
-Here live: fetching the package through apt (which verifies its signature), taking the ELF
+Here live: fetching its packages through apt (which verifies its signature), taking the ELF
 `vmlinux` that Firecracker wants out of the packed `vmlinuz`, and finding which modules a guest
 needs and in which order they load. Building the initramfs out of that is `initramfs.py`.
 
@@ -21,7 +21,8 @@ from pathlib import Path
 
 from emberbox.runtime.firecracker.errors import GuestFilesError
 
-META_PACKAGE = "linux-image-cloud-amd64"
+META_PACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual")
+"""Debian's and Ubuntu's, which depend on the newest kernel's package."""
 
 # Boot protocol, Documentation/arch/x86/boot.rst: the offsets of the header's fields.
 _SETUP_SECTS = 0x1F1
@@ -37,10 +38,10 @@ _TOOL_TIMEOUT_SECONDS = 600
 
 @dataclass(frozen=True, slots=True)
 class KernelTree:
-    """An unpacked kernel package.
+    """An unpacked kernel.
 
     Attributes:
-        root: the folder that holds the package's `boot` and `lib/modules`.
+        root: the folder that holds its `boot`, and `lib/modules` or, since Debian 13, `usr/lib/modules`.
         release: the kernel's release as `uname -r` prints it, e.g. `6.1.0-40-cloud-amd64`.
     """
 
@@ -53,50 +54,64 @@ class KernelTree:
 
     @property
     def modules(self) -> Path:
-        return self.root / "lib" / "modules" / self.release
+        places = [self.root / above / "modules" / self.release for above in ("lib", "usr/lib")]
+        return next((place for place in places if place.is_dir()), places[0])
 
 
-def fetch_package(into: Path) -> Path:
-    """Download the newest cloud kernel package through apt into the folder `into`.
+def fetch_packages(into: Path) -> list[Path]:
+    """Download the newest kernel for virtual machines through apt into the folder `into`: one package or several.
 
-    apt checks the package against the distribution's signed index.
+    apt checks them against the distribution's signed index.
 
     Raises:
-        GuestFilesError: apt is missing, or it could not find or fetch the package.
+        GuestFilesError: apt is missing, or it could not find or fetch a package.
     """
-    image = _image_package(into)
-    if image is None:  # a fresh machine has no lists of packages yet
+    names = _packages(into)
+    if not names:  # a fresh machine has no lists of packages yet
         _run(["apt-get", "update", "-q"], cwd=into)
-        image = _image_package(into)
-    if image is None:
+        names = _packages(into)
+    if not names:
         raise GuestFilesError(
-            f"apt does not know the package {META_PACKAGE}: add Debian's repository, or name a kernel of your own "
-            "with EMBERBOX_GUEST_KERNEL"
+            f"apt knows neither package {' nor '.join(META_PACKAGES)}: add the distribution's main repository, or "
+            "name a kernel of your own with EMBERBOX_GUEST_KERNEL"
         )
-    _run(["apt-get", "download", "-q", image], cwd=into)
-    found = sorted(into.glob(f"{image}_*.deb"))
-    if not found:
-        raise GuestFilesError(f"apt reported success but left no {image} package in {into}")
-    return found[-1]
+    _run(["apt-get", "download", "-q", *names], cwd=into)
+    found = []
+    for name in names:
+        packages = sorted(into.glob(f"{name}_*.deb"))
+        if not packages:
+            raise GuestFilesError(f"apt reported success but left no {name} package in {into}")
+        found.append(packages[-1])
+    return found
 
 
-def _image_package(folder: Path) -> str | None:
-    """Return the package with the newest kernel; None when apt has not heard of it."""
+def _packages(folder: Path) -> list[str]:
+    """Return the newest kernel's package and, where they have one of their own, its modules'; none when apt does not
+    know any."""
+    for meta in META_PACKAGES:
+        for image in _dependencies(meta, "linux-image-", folder):
+            return [image, *_dependencies(image, "linux-modules-", folder)]
+    return []
+
+
+def _dependencies(package: str, prefix: str, folder: Path) -> list[str]:
+    """Return what a package depends on and has that prefix; none when apt does not know it."""
     try:
-        depends = _run(["apt-cache", "depends", "--important", META_PACKAGE], cwd=folder)
+        depends = _run(["apt-cache", "depends", "--important", package], cwd=folder)
     except GuestFilesError:
-        return None
+        return []
     names = (line.split()[-1] for line in depends.splitlines() if line.strip().startswith("Depends:"))
-    return next((name for name in names if name.startswith("linux-image-")), None)
+    return [name for name in names if name.startswith(prefix)]
 
 
-def unpack_package(package: Path, into: Path) -> KernelTree:
-    """Unpack the kernel package `package` into the empty folder `into`.
+def unpack_packages(packages: Iterable[Path], into: Path) -> KernelTree:
+    """Unpack a kernel's packages into the empty folder `into`.
 
     Raises:
-        GuestFilesError: it is not a kernel package, or dpkg is missing.
+        GuestFilesError: they are not a kernel's, or dpkg is missing.
     """
-    _run(["dpkg-deb", "-x", str(package), str(into)])
+    for package in packages:
+        _run(["dpkg-deb", "-x", str(package), str(into)])
     return open_tree(into)
 
 
