@@ -7,8 +7,6 @@ export EMBERBOX_LOG_LEVEL=debug
 export EMBERBOX_DEFAULT_MEMORY_MB=256
 export EMBERBOX_DEFAULT_CPU_COUNT=1
 export EMBERBOX_DEFAULT_DISK_SIZE_MB=1024
-# The templates that ship with Emberbox are built from packages.
-export EMBERBOX_INHERIT_HOST_NETWORK=true
 export EMBERBOX_WARM_MAX=2
 export EMBERBOX_INSTANCE_NAME=eblab
 cd /opt/emberbox

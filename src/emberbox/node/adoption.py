@@ -20,6 +20,7 @@ from emberbox.node.machines import Machines
 from emberbox.node.model import EndReason, State
 from emberbox.node.records import MachineFacts, SandboxRecord, SavedFacts
 from emberbox.node.sandbox import Sandbox
+from emberbox.node.snapshots import thaw_files
 from emberbox.node.tasks import finish
 from emberbox.runtime.base import MachineSpec, Slot
 from emberbox.runtime.errors import RuntimeFailure
@@ -69,6 +70,9 @@ async def _adopt(machines: Machines, sandbox: Sandbox, record: SandboxRecord) ->
         sandbox.hosted = hosted
         log.info("sandbox.adopted", sandbox_id=record.sandbox_id, state=record.state)
         machines.look_after(sandbox)
+        if record.state is State.RUNNING and machines.hosting.runtime.capabilities.memory_snapshots:
+            # A snapshot of its files that was interrupted may have left them frozen.
+            machines.tasks.start(sandbox.operate(lambda: thaw_files(hosted)), name=f"thaw {sandbox.sandbox_id}")
         return
     assert record.machine is not None
     if record.state is State.PAUSED:

@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import struct
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -24,19 +25,25 @@ from urllib.parse import urlencode
 
 import httptools
 
-from emberbox.node.errors import AgentFailure
+from emberbox.node.errors import AgentBusy, AgentFailure
 
 AGENT_PORT = 49983
 CONTROL_HEADER = "X-Ember-Control"
 
 _ANSWER_SECONDS = 5.0
 _FLUSH_SECONDS = 60.0
+_THAW_PAUSE = 0.5
 _CONNECT_SECONDS = 0.1
 """For one attempt while waiting for the agent: the kernel repeats a SYN that was dropped after a whole second."""
 _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.001, 0.02
 _READ_BYTES = 64 * 1024
 _UPLOAD_BYTES = 1024 * 1024
 _END_OF_STREAM = 0x02
+_MOST_ANSWER_BYTES = 16 * 1024 * 1024
+_MOST_FRAME_BYTES = 4 * 1024 * 1024
+_MOST_SILENT_BYTES = 256 * 1024
+"""The machine's root may answer in the agent's place, and without end. In a head, or between parts of a body."""
+_BUSY = 503
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +113,21 @@ class Agent:
         """
         await self._control("POST", "/fsfreeze", expect=(204,), seconds=seconds)
 
-    async def thaw_files(self) -> None:
-        """Undo `freeze_files`."""
-        await self._control("POST", "/fsthaw", expect=(204,))
+    async def thaw_files(self, *, seconds: float = _FLUSH_SECONDS) -> None:
+        """Undo `freeze_files`, also one that nobody waited for: then it comes first. Nothing happens when none was.
+
+        Args:
+            seconds: how long to wait for it.
+        """
+        end = time.monotonic() + seconds * self._scale
+        while True:
+            try:
+                await self._control("POST", "/fsthaw", expect=(204,))
+                return
+            except AgentBusy:
+                if time.monotonic() > end:
+                    raise
+                await asyncio.sleep(_THAW_PAUSE)
 
     async def logs(self, after: int, limit: int) -> list[AgentLog]:
         """Return up to `limit` log entries whose `seq` is greater than `after`, oldest first."""
@@ -186,6 +205,7 @@ class Agent:
                     await self._send_file(connection, source, size)
                 async for part in self._parts(connection, reader):
                     said += part
+                    _refuse_more_than(_MOST_ANSWER_BYTES, len(said))
             finally:
                 connection.close()
         except (OSError, TimeoutError, httptools.HttpParserError) as error:
@@ -227,12 +247,13 @@ class Agent:
                 body = None if make_body is None else json.dumps(make_body()).encode()
                 answer = await self._exchange(connection, method, target, body=body, headers=headers)
         except TimeoutError:
-            raise AgentFailure(f"the agent did not answer {route} within {limit:g} s") from None
+            raise AgentBusy(f"the agent did not answer {route} within {limit:g} s") from None
         except (OSError, httptools.HttpParserError) as error:
             raise AgentFailure(f"the agent's {route} failed: {error}") from error
         if answer.status not in expect:
             said = answer.body.decode(errors="replace").strip()[:300]
-            raise AgentFailure(f"the agent answered {answer.status} to {route}" + (f": {said}" if said else ""))
+            kind = AgentBusy if answer.status == _BUSY else AgentFailure
+            raise kind(f"the agent answered {answer.status} to {route}" + (f": {said}" if said else ""))
         return answer
 
     async def _exchange(
@@ -244,6 +265,7 @@ class Agent:
             await self._send(connection, method, target, body, headers)
             async for part in self._parts(connection, reader):
                 collected += part
+                _refuse_more_than(_MOST_ANSWER_BYTES, len(collected))
         finally:
             connection.close()
         return _Response(reader.status, bytes(collected))
@@ -307,9 +329,11 @@ class Agent:
             async for part in self._parts(connection, reader):
                 buffer += part
                 if reader.status != 200:
+                    _refuse_more_than(_MOST_ANSWER_BYTES, len(buffer))
                     continue
                 while len(buffer) >= 5:
                     flags, length = struct.unpack_from(">BI", buffer)
+                    _refuse_more_than(_MOST_FRAME_BYTES, length)
                     if len(buffer) < 5 + length:
                         break
                     event = json.loads(buffer[5 : 5 + length] or b"{}")
@@ -366,8 +390,11 @@ class Agent:
         loop = asyncio.get_running_loop()
         parser = httptools.HttpResponseParser(reader)
         reader.parser = parser
+        silent = 0
         while not reader.complete:
             data = await loop.sock_recv(connection, _READ_BYTES)
+            # It returns at once while there is data: others have their turn, and deadlines come.
+            await asyncio.sleep(0)
             if not data:
                 if reader.status and reader.ends_with_connection:
                     break
@@ -376,6 +403,15 @@ class Agent:
             if reader.parts:
                 yield b"".join(reader.parts)
                 reader.parts.clear()
+                silent = 0
+            else:
+                silent += len(data)
+                _refuse_more_than(_MOST_SILENT_BYTES, silent)
+
+
+def _refuse_more_than(most: int, size: int) -> None:
+    if size > most:
+        raise AgentFailure(f"the agent's answer is longer than {most} bytes")
 
 
 class _Reader:

@@ -103,6 +103,10 @@ class Builds:
             removed.append(f"layers/{path.name}")
         return removed
 
+    def known(self) -> list[str]:
+        """IDs of the builds that are here; blocks."""
+        return [path.stem for path in self._records.glob("*.json")]
+
     # ---- builds
 
     def start(self, new: NewBuild) -> None:

@@ -74,6 +74,10 @@ class AgentFailure(NodeError):
     """The agent inside a machine did not answer, or refused. INTERNAL."""
 
 
+class AgentBusy(AgentFailure):
+    """It did not answer in time, or does what must be done first: what was asked for may still come. INTERNAL."""
+
+
 class NetworkFailure(NodeError):
     """A slot, its firewall or the name forwarder could not be set up. INTERNAL."""
 

@@ -145,6 +145,7 @@ class Machines:
         if new.sandbox_id in self.sandboxes:
             raise AlreadyHere(f"sandbox '{new.sandbox_id}' is already on this node")
         sandbox = self.sandboxes[new.sandbox_id] = Sandbox(new.sandbox_id)
+        sandbox.starts_on = tuple(seed.image.layers)
         self.counts.starting += 1
         try:
             await self._check_room(before=sandbox)

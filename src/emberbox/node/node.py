@@ -134,8 +134,8 @@ class Node:
         removed += await self.slots.sweep(frozenset(adopted.slots))
         removed += await sweep_files(self.machines, adopted)
         removed += await asyncio.to_thread(self.snapshots.sweep)
-        removed += await asyncio.to_thread(self.preparing.sweep)
         removed += await asyncio.to_thread(self.builds.sweep)
+        removed += await asyncio.to_thread(lambda: self.preparing.sweep(self.builds.known()))
         return removed
 
     def require_ready(self) -> None:
@@ -158,9 +158,8 @@ class Node:
 
     async def _layers_used(self) -> AsyncIterator[str]:
         for sandbox in list(self.machines.sandboxes.values()):
-            if sandbox.record is not None:
-                for digest in sandbox.record.image.layers:
-                    yield digest
+            for digest in sandbox.layers:
+                yield digest
         for digest in await self.snapshots.layers_used():
             yield digest
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from emberbox.linux import sparse
 from emberbox.node import identity
 from emberbox.node.errors import AgentFailure
 from emberbox.node.files import remove_tree
@@ -115,6 +116,10 @@ class Pausing:
                 await hosted.thaw_files()
             raise
         await self._leave_machine(sandbox, hosted, keep_upper=True)
+        try:
+            await to_thread_whole(sparse.flush, hosted.spec.upper)
+        except OSError as error:  # it is paused, and its files are there until the host's power goes
+            log.error("sandbox.not_flushed", sandbox_id=sandbox.sandbox_id, error=str(error))
 
     def _files_of(self, hosted: Hosted) -> SavedFacts:
         return SavedFacts(

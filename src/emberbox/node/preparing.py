@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
@@ -44,6 +45,8 @@ class Preparing:
         self._remembers = hosting.runtime.capabilities.memory_snapshots
         self._making: dict[PoolKey, asyncio.Task[None]] = {}
         self._rest_until: dict[PoolKey, float] = {}
+        self._forgotten: set[str] = set()
+        """IDs of builds that were deleted: a create that began before may still ask for their memory."""
         self._tasks = Tasks()
 
     @property
@@ -54,7 +57,7 @@ class Preparing:
     async def warm(self, image: Image, limits: Limits) -> Hosted:
         """Bring up a machine for the pool."""
         if self._remembers:
-            await asyncio.shield(self._make_soon(PoolKey.of(image, limits), image, limits))
+            await asyncio.wait({self._make_soon(PoolKey.of(image, limits), image, limits)})
         hosted = await self.machine(image, limits, identity.unclaimed(image, limits), background=self.waits_paused)
         if self.waits_paused:
             try:
@@ -150,7 +153,7 @@ class Preparing:
         return task
 
     async def _make_quietly(self, key: PoolKey, image: Image, limits: Limits) -> None:
-        if time.monotonic() < self._rest_until.get(key, 0.0):
+        if key.build_id in self._forgotten or time.monotonic() < self._rest_until.get(key, 0.0):
             return
         try:
             await self.remember(image, limits)
@@ -187,14 +190,24 @@ class Preparing:
         log.info("template_memory.saved", build_id=image.build_id, key=str(key))
 
     async def forget(self, build_id: str) -> None:
-        """Remove what is kept of a build."""
+        """Remove what is kept of a build, and stop making it."""
+        self._forgotten.add(build_id)
+        making = [task for key, task in self._making.items() if key.build_id == build_id]
+        for task in making:
+            task.cancel()
+        await asyncio.gather(*making, return_exceptions=True)
         for path in await asyncio.to_thread(lambda: list(self._directory.glob(f"{build_id}-*"))):
             await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
 
-    def sweep(self) -> list[str]:
-        """Remove half-made memories of an earlier process; blocks."""
+    def sweep(self, builds: Sequence[str]) -> list[str]:
+        """Remove half-made memories of an earlier process, and those of other builds than these; blocks."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        removed = [path for path in self._directory.iterdir() if not (path / _META).exists()]
+        wanted = tuple(f"{build_id}-" for build_id in builds)
+        removed = [
+            path
+            for path in self._directory.iterdir()
+            if not (path / _META).exists() or not path.name.startswith(wanted)
+        ]
         for path in removed:
             shutil.rmtree(path, ignore_errors=True)
         return [path.name for path in removed]

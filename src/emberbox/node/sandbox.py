@@ -25,6 +25,8 @@ class Sandbox:
         self.sandbox_id = sandbox_id
         self.record = record
         """None until its create succeeded."""
+        self.starts_on: tuple[str, ...] = ()
+        """Digests of the layers that its create needs."""
         self.hosted = hosted
         """The machine while running, and while paused in memory."""
         self.ending = False
@@ -79,6 +81,11 @@ class Sandbox:
         if self.leaving is not None:
             await asyncio.wait({self.leaving})
             self.leaving = None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Digests of the layers that it stands on."""
+        return self.starts_on if self.record is None else tuple(self.record.image.layers)
 
     def require(self, state: State) -> SandboxRecord:
         """Return the record; raises `WrongState` when the sandbox is in another state."""

@@ -20,6 +20,7 @@ from pathlib import Path
 import structlog
 from pydantic import TypeAdapter, ValidationError
 
+from emberbox.linux import sparse
 from emberbox.node.errors import AgentFailure, AlreadyHere, BadValue, NodeError, NoSuchSandbox, NoSuchSnapshot
 from emberbox.node.files import remove_tree
 from emberbox.node.hosting import Hosted
@@ -36,6 +37,8 @@ log = structlog.get_logger("emberbox.node")
 
 _META = "meta.json"
 _LINK_TRIES = 5
+_FORK = "fork-"
+"""Begins the names of snapshots that only a fork uses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,11 @@ class Snapshots:
 
     # ---- make
 
-    async def take(self, sandbox_id: str, snapshot_id: str, *, memory: bool) -> SnapshotMeta:
+    async def take(self, sandbox_id: str, snapshot_id: str, *, memory: bool, fork: bool = False) -> SnapshotMeta:
         """Save a running or paused sandbox under a new ID. The sandbox goes on in the state it had.
+
+        Args:
+            fork: it is used now, and need not outlive a power cut.
 
         Raises:
             NoSuchSandbox, AlreadyHere, BadValue, DiskFull, RuntimeFailure: see there; nothing is left.
@@ -81,11 +87,13 @@ class Snapshots:
         try:
             if await asyncio.to_thread(directory.exists):
                 raise _already_here(snapshot_id)
-            return await sandbox.operate(lambda: self._take(sandbox, snapshot_id, directory, memory=memory))
+            return await sandbox.operate(lambda: self._take(sandbox, snapshot_id, directory, memory, fork))
         finally:
             self._making.discard(snapshot_id)
 
-    async def _take(self, sandbox: Sandbox, snapshot_id: str, directory: Path, *, memory: bool) -> SnapshotMeta:
+    async def _take(
+        self, sandbox: Sandbox, snapshot_id: str, directory: Path, memory: bool, fork: bool
+    ) -> SnapshotMeta:
         record = sandbox.record
         if record is None:  # its create failed while this waited for its turn
             raise NoSuchSandbox(sandbox.sandbox_id)
@@ -95,6 +103,8 @@ class Snapshots:
                 facts = await self._save_machine(sandbox.hosted, record, directory, memory=memory)
             else:
                 facts = await self._copy_saved(record, directory, memory=memory)
+            if not fork:  # which ends with this process
+                await to_thread_whole(sparse.flush, directory / facts.upper)
             meta = SnapshotMeta(
                 snapshot_id=snapshot_id,
                 image=record.image,
@@ -123,7 +133,7 @@ class Snapshots:
             saved = await hosted.machine.save(directory, memory=memory)
         finally:
             if frozen:
-                await finish(_thaw_files(hosted))
+                await finish(thaw_files(hosted))
         return SavedFacts.of(saved, hosted.secret)
 
     async def _copy_saved(self, record: SandboxRecord, directory: Path, *, memory: bool) -> SavedFacts:
@@ -174,8 +184,8 @@ class Snapshots:
         """
         self._machines.find(sandbox_id).require(State.RUNNING)
         began = time.monotonic()
-        snapshot_id = f"fork{secrets.token_hex(8)}"
-        meta = await self.take(sandbox_id, snapshot_id, memory=True)
+        snapshot_id = f"{_FORK}{secrets.token_hex(8)}"
+        meta = await self.take(sandbox_id, snapshot_id, memory=True, fork=True)
         try:
             took = round((time.monotonic() - began) * 1000)  # not taken from the copies' time
             later = [replace(new, deadline_ms=new.deadline_ms + took) for new in news]
@@ -218,7 +228,7 @@ class Snapshots:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         removed = []
         for path in self._directory.iterdir():
-            if path.name.startswith("fork") or not (path / _META).exists():
+            if path.name.startswith(_FORK) or not (path / _META).exists():
                 removed.append(path.name)
                 shutil.rmtree(path, ignore_errors=True)
         return removed
@@ -251,7 +261,8 @@ async def _freeze_files(hosted: Hosted) -> bool:
     return True
 
 
-async def _thaw_files(hosted: Hosted) -> None:
+async def thaw_files(hosted: Hosted) -> None:
+    """Let a machine's writers go on; that it failed is logged."""
     try:
         await hosted.thaw_files()
     except (AgentFailure, RuntimeFailure) as error:

@@ -313,6 +313,28 @@ async def test_what_is_saved_after_a_save_that_failed_is_the_machines_own_memory
     await restored.destroy()
 
 
+async def test_what_a_save_left_that_nobody_waited_for_gets_into_no_later_one(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
+) -> None:
+    """Firecracker merges a diff into the file that is there."""
+    spec = new_spec()
+    machine = await runtime.start(spec)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    await machine.save(tmp_path / "one", memory=True)
+    size = (tmp_path / "one" / "memory.0").stat().st_size
+    left = machine._jail.out / "memory.1"
+    with left.open("wb") as out:
+        out.write(b"old" * 1000)
+        out.truncate(size)
+    os.chown(left, machine._jail.user, machine._jail.user)
+
+    saved = await machine.save(tmp_path / "two", memory=True)
+
+    assert b"oldold" not in (saved.directory / "memory.1").read_bytes()
+    await machine.destroy()
+
+
 async def test_a_machine_that_ends_leaves_its_disk_instead_of_a_copy(
     runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
 ) -> None:

@@ -44,6 +44,8 @@ class FakeAgent:
         """Routes in order, and what the machine's disk was set to in between."""
         self.refuse_init = False
         self.refuse_freeze = False
+        self.busy_freeze = False
+        """It does not say that it was done, and may do it yet."""
         self.refuse_commands = False
         self.stall_init = asyncio.Event()
         self.stall_init.set()
@@ -79,6 +81,8 @@ class FakeAgent:
         self.told.append(route)
         if route == "/fsfreeze" and self.refuse_freeze:
             return 500, b"no"
+        if route == "/fsfreeze" and self.busy_freeze:
+            return 503, b"not yet"
         if route == "/init":
             self.init_reached.set()
             await self.stall_init.wait()

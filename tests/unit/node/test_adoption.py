@@ -11,6 +11,7 @@ import pytest
 from emberbox.node.errors import NodeBusy
 from emberbox.node.model import EndReason, Network, State, TimeoutAction, now_ms
 from emberbox.runtime.base import Rates
+from tests.unit.node.conftest import until
 
 
 async def test_running_sandboxes_outlive_the_node_process(make_world: Any) -> None:
@@ -142,6 +143,18 @@ async def test_a_pause_that_was_cut_short_is_undone(make_world: Any) -> None:
 
     assert not machine.frozen
     assert world.node.machines.find("s1").status().state is State.RUNNING
+
+
+async def test_files_that_a_snapshot_cut_short_left_frozen_are_thawed(make_world: Any) -> None:
+    world = await make_world(memory=True)
+    await world.create("s1")
+    agent = world.runtime.of(world.node, "s1").agent
+    await world.kill_process()
+    agent.told.clear()
+
+    await world.start()
+
+    await until(lambda: "/fsthaw" in agent.told)
 
 
 async def test_ends_are_reported_again_until_acknowledged(make_world: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -176,3 +177,92 @@ async def test_a_command_that_cannot_start_says_why(answers: Answers) -> None:
 
     with pytest.raises(AgentFailure, match="cwd '/x' does not exist"):
         await agent.start_command("serve", user="user", workdir="/x", token="", tag="start")
+
+
+@pytest.fixture
+async def flood() -> AsyncIterator[Callable[[bytes, bytes], Any]]:
+    """Start a server that sends `head` and then `part` again and again, until the client goes away."""
+    servers: list[asyncio.Server] = []
+
+    async def start(head: bytes, part: bytes) -> Agent:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(head)
+            with contextlib.suppress(OSError):
+                while True:
+                    writer.write(part)
+                    await writer.drain()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        servers.append(server)
+        return Agent(IPv4Address("127.0.0.1"), "secret", port=server.sockets[0].getsockname()[1])
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+MUCH = b"x" * 65536
+
+
+@pytest.mark.parametrize(
+    ("head", "part"),
+    [
+        pytest.param(CHUNKED, b"10000\r\n" + MUCH + b"\r\n", id="body"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nX: ", MUCH, id="one header"),
+        pytest.param(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n" * 9000, id="many headers"),
+        pytest.param(CHUNKED + b"1;", MUCH, id="chunk extension"),
+    ],
+)
+async def test_an_answer_without_an_end_is_broken_off(flood: Any, head: bytes, part: bytes) -> None:
+    """Root in the machine can answer in the agent's place."""
+    agent = await flood(head, part)
+
+    with pytest.raises(AgentFailure, match=r"longer than|failed"):
+        await agent.logs(0, 1000)
+
+
+async def test_a_command_whose_output_claims_to_be_endless_is_broken_off(flood: Any) -> None:
+    agent = await flood(CHUNKED, b"10000\r\n" + b"\0\xff\xff\xff\xff" + b"x" * 65531 + b"\r\n")
+
+    with pytest.raises(AgentFailure, match="longer than"):
+        await run(agent)
+
+
+async def test_others_have_their_turn_while_an_answer_comes(flood: Any) -> None:
+    agent = await flood(CHUNKED, b"10000\r\n" + MUCH + b"\r\n")
+    turns = 0
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    other = asyncio.create_task(take_turns())
+    with pytest.raises(AgentFailure):
+        await agent.logs(0, 1000)
+    other.cancel()
+
+    assert turns > 100
+
+
+async def test_a_thaw_waits_for_the_freeze_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emberbox.node.agent._THAW_PAUSE", 0.01)
+    answers = [b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"] * 3 + [b"HTTP/1.1 204 No Content\r\n\r\n"]
+    asked = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answers[asked])
+        asked += 1
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        agent = Agent(IPv4Address("127.0.0.1"), "secret", port=server.sockets[0].getsockname()[1])
+        await agent.thaw_files()
+
+    assert asked == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from emberbox.node.errors import NoSuchBuild
 from emberbox.node.model import Image
+from tests.unit.node.conftest import IMAGE, LIMITS, until
 
 
 def put_layer(world: Any, digest: str) -> Path:
@@ -52,3 +54,47 @@ async def test_a_deleted_build_that_is_not_here_is_said_so(make_world: Any) -> N
 
     with pytest.raises(NoSuchBuild, match="'b'"):
         await world.node.builds.delete("b", ["aa"])
+
+
+async def test_a_create_that_is_under_way_keeps_the_layers_it_starts_on(make_world: Any) -> None:
+    world = await make_world()
+    path = put_layer(world, "aa")
+    reached = world.runtime.hold("start")
+    create = asyncio.create_task(world.create("s1"))
+    await reached.wait()
+
+    await world.node.builds.delete("build1", ["aa"])
+    while_it_starts = path.exists()
+    world.runtime.gates["start"].set()
+    await create
+
+    assert while_it_starts
+    assert path.exists()
+
+
+async def test_the_memory_of_a_build_that_is_deleted_while_it_is_made_is_not_kept(make_world: Any) -> None:
+    world = await make_world(memory=True)
+    put_layer(world, "aa")
+    reached = world.runtime.hold("save")
+    warm = asyncio.create_task(world.node.preparing.warm(IMAGE, LIMITS))
+    await reached.wait()
+    kept = list((world.node.directory / "memories").iterdir())
+
+    await world.node.builds.delete(IMAGE.build_id, ["aa"])
+
+    assert len(kept) == 1
+    assert list((world.node.directory / "memories").iterdir()) == []
+    world.runtime.gates["save"].set()
+    await asyncio.gather(warm, return_exceptions=True)
+
+
+async def test_the_memory_of_a_build_that_is_not_here_is_swept(make_world: Any) -> None:
+    world = await make_world(memory=True)
+    memories = world.node.directory / "memories"
+    await world.create("s1")
+    await until(lambda: list(memories.glob("*/meta.json")))
+    await world.kill_process()
+
+    await world.start()
+
+    assert list(memories.iterdir()) == []

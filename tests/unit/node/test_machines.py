@@ -834,6 +834,18 @@ async def test_a_flush_that_fails_leaves_the_rates_as_they_were(make_world: Any)
     assert agent.told == ["rates 0", "/fsfreeze", "rates 5"]
 
 
+async def test_a_flush_that_may_come_later_is_undone(make_world: Any) -> None:
+    world = await make_world(memory=True)
+    await world.create("s1", limits=LIMITED)
+    agent = world.runtime.of(world.node, "s1").agent
+    agent.told.clear()
+    agent.busy_freeze = True
+
+    await world.node.snapshots.take("s1", "snap", memory=False)
+
+    assert agent.told == ["rates 0", "/fsfreeze", "/fsthaw", "rates 5"]
+
+
 async def test_a_flush_that_is_cancelled_while_the_rates_are_lifted_sets_them_again(make_world: Any) -> None:
     world = await make_world(memory=True)
     await world.create("s1", limits=LIMITED)

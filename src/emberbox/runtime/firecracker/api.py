@@ -90,7 +90,8 @@ class Firecracker:
         await self._transport.wait_until_ready(self._deadlines.ready)
 
     async def state(self) -> VmState:
-        answer = await self._request("GET", "/")
+        """Also of one that is saving its memory, for the last node."""
+        answer = await self._request("GET", "/", deadline_seconds=self._deadlines.snapshot)
         state: VmState = answer["state"]
         return state
 
@@ -142,8 +143,14 @@ class Firecracker:
         """Stop the guest's processors. Pausing a paused machine is not an error."""
         await self._request("PATCH", "/vm", {"state": "Paused"})
 
-    async def resume(self) -> None:
-        await self._request("PATCH", "/vm", {"state": "Resumed"})
+    async def resume(self, *, after_save: bool = False) -> None:
+        """Let the guest's processors go on. Resuming a machine that runs is not an error.
+
+        Args:
+            after_save: a save that nobody waits for any more may still be under way, and comes first.
+        """
+        seconds = self._deadlines.snapshot if after_save else None
+        await self._request("PATCH", "/vm", {"state": "Resumed"}, deadline_seconds=seconds)
 
     async def limit_drive(self, drive_id: str, bandwidth: RateLimit | None, operations: RateLimit | None) -> None:
         """Replace a drive's buckets; None takes one away."""

@@ -161,11 +161,11 @@ class MicroVM:
             raise
         self._paused = True
 
-    async def _resume(self) -> None:
+    async def _resume(self, *, after_save: bool = False) -> None:
         if self._in_background:
             await asyncio.to_thread(self._jail.come_forward)
             self._in_background = False
-        await self._ask(self._api.resume())
+        await self._ask(self._api.resume(after_save=after_save))
         self._paused = False
         self._balloon.release()
 
@@ -183,9 +183,9 @@ class MicroVM:
 
     async def _save_disk(self, into: Path) -> Saved:
         was_running = not self._paused
-        if was_running:
-            await self._pause()
         try:
+            if was_running:
+                await self._pause()
             await asyncio.to_thread(sparse.clone, self.spec.upper, into / snapshots.UPPER)
         finally:
             if was_running:
@@ -197,10 +197,12 @@ class MicroVM:
         below = self._chain.pieces
         name = snapshots.next_name(below)
         was_running = not self._paused
-        if was_running:
-            await self._pause()
         try:
+            if was_running:
+                await self._pause()
             self._chain.mark_unsure()
+            # Firecracker would merge a diff into a file that is there, left by a save that nobody waited for.
+            await to_thread_whole(self._discard, name)
             await self._ask(
                 self._api.create_snapshot(
                     "Diff" if below else "Full", state=f"/{OUT}/{snapshots.STATE}", memory=f"/{OUT}/{name}"
@@ -209,17 +211,17 @@ class MicroVM:
             written = time.perf_counter()
             await to_thread_whole(self._keep_disk, into / snapshots.UPPER, final=final)
         except OSError as error:
-            self._discard(name)
+            await to_thread_whole(self._discard, name)
             raise RuntimeFailure(f"the machine's disk could not be copied: {error.strerror}") from error
         except ApiError as error:
-            self._discard(name)
+            await to_thread_whole(self._discard, name)
             raise RuntimeFailure(f"the machine's memory could not be saved: {error.fault}") from error
         except BaseException:
-            self._discard(name)
+            await to_thread_whole(self._discard, name)
             raise
         finally:
             if was_running and processes.is_alive(self._identity):
-                await self._resume()
+                await self._resume(after_save=True)
         still = time.perf_counter() - began
         await to_thread_whole(self._finish, into, below, name, final=final)
         log.info(
@@ -257,7 +259,7 @@ class MicroVM:
             before = self._chain.pieces
             merged = await to_thread_whole(self._chain.merge, before[1:])
             async with self._changing:
-                after = self._chain.replace_merged(before[1:], merged)
+                after = await to_thread_whole(self._chain.replace_merged, before[1:], merged)
                 if after is not None:
                     self._trusted.add(self._chain.path(merged), merged.checksum)
                 if after == (before[0], merged):
