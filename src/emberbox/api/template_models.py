@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field
 
 from emberbox.api.fields import Text, at, at_or_none
 from emberbox.control.build_plan import BuildPlan, Step
@@ -79,7 +79,8 @@ class NewTemplateV3(RateLimits):
     teamID: Text | None = None
     cpuCount: CpuCount | None = None
     memoryMB: MemoryMB | None = None
-    minFreeDiskMB: DiskMB | None = None
+    minFreeDiskMb: DiskMB | None = Field(None, validation_alias=AliasChoices("minFreeDiskMb", "minFreeDiskMB"))
+    """As the clients spell it; with `MB`, like the others, too."""
 
 
 Secret = Annotated[Text, Field(repr=False)]
@@ -301,7 +302,7 @@ def new_template(body: NewTemplateV3) -> NewTemplate:
         tags=tuple(body.tags or ()),
         cpu_count=body.cpuCount,
         memory_mb=body.memoryMB,
-        min_free_disk_mb=body.minFreeDiskMB,
+        min_free_disk_mb=body.minFreeDiskMb,
         rates=asked_rates(body),
     )
 

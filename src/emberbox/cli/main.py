@@ -34,7 +34,7 @@ app.add_typer(skill_app, name="skill")
 
 Data = Annotated[
     Path | None,
-    typer.Option("--data", metavar="DIR", help="Data directory [default: /var/lib/emberbox]", show_default=False),
+    typer.Option("--data", metavar="DIR", help="Data directory \\[default: /var/lib/emberbox]", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Template = Annotated[str, typer.Argument(metavar="TEMPLATE", help="Name or ID.")]
@@ -86,30 +86,30 @@ def up(
     data: Data = None,
     runtime: Annotated[
         Literal["auto", "firecracker", "container"] | None,
-        typer.Option(help="How to isolate sandboxes [default: auto]."),
+        typer.Option(help="How to isolate sandboxes \\[default: auto]."),
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Serve in the background; return when ready.")] = False,
     domain: Annotated[
-        str | None, typer.Option(help="Base domain of sandbox addresses [default: localhost:PORT].")
+        str | None, typer.Option(help="Base domain of sandbox addresses \\[default: localhost:PORT].")
     ] = None,
     host: Annotated[
-        str | None, typer.Option(help="Address that the API and the edge listen on [default: 127.0.0.1].")
+        str | None, typer.Option(help="Address that the API and the edge listen on \\[default: 127.0.0.1].")
     ] = None,
-    port: Annotated[int | None, typer.Option(help="Port of the API [default: 3000].", min=1, max=65535)] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the API \\[default: 3000].", min=1, max=65535)] = None,
     edge_port: Annotated[
-        int | None, typer.Option(help="Port of sandbox traffic [default: 3002].", min=1, max=65535)
+        int | None, typer.Option(help="Port of sandbox traffic \\[default: 3002].", min=1, max=65535)
     ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate (PEM) for sandbox traffic over TLS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its key (PEM).")] = None,
     tls_port: Annotated[
-        int | None, typer.Option(help="Port of sandbox traffic over TLS [default: 3443].", min=1, max=65535)
+        int | None, typer.Option(help="Port of sandbox traffic over TLS \\[default: 3443].", min=1, max=65535)
     ] = None,
     database_url: Annotated[str | None, typer.Option(help="PostgreSQL URL instead of SQLite.")] = None,
     slot_network: Annotated[
         str | None,
         typer.Option(
             metavar="CIDR",
-            help="Addresses for machines; each instance on a host needs its own [default: 198.18.0.0/16].",
+            help="Addresses for machines; each instance on a host needs its own \\[default: 198.18.0.0/16].",
         ),
     ] = None,
     inherit_host_network: Annotated[
@@ -118,7 +118,7 @@ def up(
             "--inherit-host-network", help="Give sandboxes the host's CA bundle, resolver and package settings."
         ),
     ] = None,
-    user: Annotated[str | None, typer.Option(help="Unprivileged user of api and edge [default: emberbox].")] = None,
+    user: Annotated[str | None, typer.Option(help="Unprivileged user of api and edge \\[default: emberbox].")] = None,
     log_level: Annotated[Literal["debug", "info", "warning", "error"] | None, typer.Option()] = None,
 ) -> None:
     """Start Emberbox and keep it running; Ctrl-C stops it and leaves its sandboxes for the next `up`."""

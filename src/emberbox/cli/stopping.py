@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+from pathlib import Path
 
 from emberbox.cli import node_client
 from emberbox.cli.errors import CliError, NotRunning
@@ -29,6 +31,11 @@ def down(settings: Settings, *, keep: bool) -> None:
     except NotRunning as nothing:
         end_leftover(settings)
         note(nothing.message)
+        if not keep and (left := _left_running(settings)):
+            raise CliError(
+                f"{count(left)} may still run without it; `emberbox up --detach` finds them again, and `emberbox down` "
+                "ends them then"
+            ) from None
         return
     settings = effective_settings(settings, state)
     _tell(settings, keep=keep)
@@ -68,6 +75,20 @@ def _stop_roles(settings: Settings, state: State, *, keep: bool) -> None:
     # An edge that was killed leaves its HAProxy running for the next one.
     end_leftover(settings)
     StateDir(settings).clear()
+
+
+def _left_running(settings: Settings) -> tuple[str, ...]:
+    """Sandboxes that ran when the last node stopped, and still may: the host was not restarted since."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    found = []
+    for path in sorted((settings.node_dir / "records").glob("*.json")):
+        try:
+            record = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        if record.get("state") == "running" and record.get("boot_id") == boot_id:
+            found.append(path.stem)
+    return tuple(found)
 
 
 def end_sandboxes(settings: Settings) -> None:

@@ -26,6 +26,7 @@ from emberbox.cli.roles import ROLE_NAMES, log_path, role
 from emberbox.cli.state import Phase, RoleProcess, State, StateDir
 from emberbox.cli.stopping import END_SANDBOXES, end_sandboxes
 from emberbox.cli.supervisor import Supervisor
+from emberbox.edge.main import end_leftover
 from emberbox.logs import configure_logging
 from emberbox.settings import Settings
 
@@ -50,7 +51,7 @@ def up(settings: Settings, reporter: Reporter, *, show_logs: bool) -> None:
     make_layout(settings, account)
     certificates = CertificateCopy(settings, account)
     with state_dir.lock():
-        _stop_left_behind(state_dir, reporter)
+        _stop_left_behind(settings, state_dir, reporter)
         requirements.require(settings)
         certificates.refresh()
         asyncio.run(_Instance(settings, state_dir, reporter, certificates).run(show_logs=show_logs))
@@ -147,7 +148,7 @@ class _Instance:
         )
 
 
-def _stop_left_behind(state_dir: StateDir, reporter: Reporter) -> None:
+def _stop_left_behind(settings: Settings, state_dir: StateDir, reporter: Reporter) -> None:
     """End the roles of a supervisor that was killed; their machines go on, and the new node adopts them."""
     state = state_dir.read()
     if state is None:
@@ -158,6 +159,8 @@ def _stop_left_behind(state_dir: StateDir, reporter: Reporter) -> None:
         reporter.step(f"the last supervisor ended without stopping {names}; stopping them now")
     for one in left:
         one.process.stop(grace=LEFT_BEHIND_GRACE)
+    if all(one.name != "edge" for one in left) and end_leftover(settings):
+        reporter.step("its edge was killed as well; ended the HAProxy that it left")
     state_dir.clear()
 
 

@@ -331,7 +331,7 @@ class Builds:
         for name, value, limit, setting in (
             ("cpuCount", cpu_count, settings.max_cpu_count, "EMBERBOX_MAX_CPU_COUNT"),
             ("memoryMB", memory_mb, settings.max_memory_mb, "EMBERBOX_MAX_MEMORY_MB"),
-            ("minFreeDiskMB", disk_size_mb, settings.max_disk_size_mb, "EMBERBOX_MAX_DISK_SIZE_MB"),
+            ("minFreeDiskMb", disk_size_mb, settings.max_disk_size_mb, "EMBERBOX_MAX_DISK_SIZE_MB"),
         ):
             if value > limit:
                 raise Invalid(f"{name} {value} is more than the {limit} that a template may have ({setting})")

@@ -115,19 +115,30 @@ class Lifecycle:
 
         Raises:
             NotFound: no such sandbox.
-            Conflict: it is paused already, or on its way from or to it.
-            ControlError: the node could not pause it; it runs on.
+            Conflict: it is paused already.
+            ControlError: the node could not pause it, and it runs on; or it is changing its state for long.
         """
-        record = await self._move(
-            sandbox_id, Event.PAUSE, {"worker": self._plane.worker, "pause_memory": memory}, team_id=team.id
-        )
-        if record is None:
-            current = await self._sandboxes.get(team, sandbox_id)
-            if current.state == State.RUNNING:
-                raise Conflict(f"sandbox {sandbox_id!r} is changing its state; try again in a moment")
-            raise Conflict(f"sandbox {sandbox_id!r} is {SHOWN[State(current.state)]} already")
+        record = await self._begin_pause(team, sandbox_id, memory=memory)
         with self._plane.carrying(record.node_id, sandbox_id):
             await self._pause(record, memory=memory)
+
+    async def _begin_pause(self, team: TeamRecord, sandbox_id: str, *, memory: bool) -> SandboxRecord:
+        """Make the pause this worker's to carry out.
+
+        A change that is under way, maybe one whose node was lost, is waited for: to clients 409 means that the
+        sandbox is paused.
+        """
+        changes = {"worker": self._plane.worker, "pause_memory": memory}
+        record = await self._move(sandbox_id, Event.PAUSE, changes, team_id=team.id)
+        if record is not None:
+            return record
+        async for settled in self._until_settled(team, sandbox_id):
+            if settled.state == State.PAUSED:
+                raise Conflict(f"sandbox {sandbox_id!r} is paused already")
+            record = await self._move(sandbox_id, Event.PAUSE, changes, team_id=team.id)
+            if record is not None:
+                return record
+        raise NodeUnavailable(f"sandbox {sandbox_id!r} is changing its state; try again in a moment")
 
     async def _pause(self, record: SandboxRecord, *, memory: bool) -> None:
         sandbox_id = record.id

@@ -88,10 +88,11 @@ async def built(world: World, name: str = "mine", **body: Any) -> dict[str, Any]
 # ---- registering
 
 
-async def test_a_template_is_registered_built_and_used(world: World) -> None:
+@pytest.mark.parametrize("disk", ["minFreeDiskMb", "minFreeDiskMB"])
+async def test_a_template_is_registered_built_and_used(world: World, disk: str) -> None:
     world.node.build_events = [line("hello"), done("ab" * 32, "ef" * 32)]
 
-    made = await register(world, cpuCount=1, memoryMB=256, minFreeDiskMB=20000)
+    made = await register(world, cpuCount=1, memoryMB=256, **{disk: 20000})
     before = await status(world, made)
     started = await start(world, made)
     told = await ended(world, made)

@@ -197,6 +197,30 @@ async def test_a_pause_whose_answer_was_lost_is_looked_up(restarted: World) -> N
     assert answer.status_code == 503
 
 
+async def test_a_pause_asked_again_after_its_node_was_lost_is_carried_out(restarted: World) -> None:
+    """To clients 409 means paused: they must not hear it of a sandbox that runs."""
+    sandbox_id = await created(restarted)
+    node = restarted.node
+
+    async def lose(_request: object) -> None:
+        node.before.clear()
+        await node.stop()
+
+    async with restarted.serving():
+        await restarted.ready()
+        node.before["Pause"] = lose
+        first = await restarted.client.post(f"/sandboxes/{sandbox_id}/pause")
+        again = asyncio.create_task(restarted.client.post(f"/sandboxes/{sandbox_id}/pause"))
+        await asyncio.sleep(0.2)
+        waits = not again.done()
+        await node.start(restarted.settings.node_target)
+        second = await again
+        third = await restarted.client.post(f"/sandboxes/{sandbox_id}/pause")
+
+    assert (first.status_code, waits, second.status_code, third.status_code) == (503, True, 204, 409)
+    assert node.machines[sandbox_id].status.state == pb.MACHINE_STATE_PAUSED
+
+
 async def test_a_pause_at_the_deadline_that_overtakes_the_create_is_not_lost(restarted: World) -> None:
     async with restarted.serving():
         await restarted.ready()
