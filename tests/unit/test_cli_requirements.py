@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from emberbox.cli.requirements import (
     check_disk,
     check_ports,
     check_program,
+    check_slot_network,
 )
 from emberbox.settings import Settings
 from tests.support.ports import free_ports
@@ -70,3 +72,30 @@ def test_an_optional_requirement_that_is_not_met_is_absent_and_not_missing(tmp_p
 
     assert Requirement("x", unmet).examine(settings).verdict is Verdict.MISSING
     assert Requirement("x", unmet, optional=True).examine(settings).verdict is Verdict.ABSENT
+
+
+def test_a_port_that_is_asked_for_twice_is_refused(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+
+    with pytest.raises(Unmet, match="asked for twice") as unmet:
+        check_ports(Settings(data_dir=tmp_path, api_port=port, edge_port=port))
+
+    assert "--edge-port" in unmet.value.remedy
+
+
+def test_a_slot_network_that_somebody_has_addresses_of_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Unmet, match=r"127\.0\.0\.1 of 127\.0\.0\.0/16 is lo's already") as unmet:
+        check_slot_network(Settings(data_dir=tmp_path, slot_network=IPv4Network("127.0.0.0/16")))
+
+    assert "--slot-network" in unmet.value.remedy
+
+
+def test_a_slot_network_of_two_addresses_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Unmet, match="room for 0 machines"):
+        check_slot_network(Settings(data_dir=tmp_path, slot_network=IPv4Network("198.19.0.0/31")))
+
+
+def test_a_free_slot_network_is_found_free(tmp_path: Path) -> None:
+    assert "198.19.77.0/24" in check_slot_network(
+        Settings(data_dir=tmp_path, slot_network=IPv4Network("198.19.77.0/24"))
+    )

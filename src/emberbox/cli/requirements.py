@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import platform
 import re
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from ipaddress import IPv4Address
 from pathlib import Path
 
 from emberbox.cli import kvm
@@ -29,6 +31,8 @@ OLDEST_KERNEL = (5, 15)
 LEAST_FREE_DISK = 5 * 1024**3
 CONTROLLERS = ("cpu", "memory", "pids")
 COMMAND_SECONDS = 15
+_LEAST_ADDRESSES = 64
+"""Of a slot network; fewer are no use."""
 
 
 class Verdict(StrEnum):
@@ -139,6 +143,7 @@ def _requirements(settings: Settings) -> list[Requirement]:
         Requirement("agent", check_agent),
         Requirement("disk", check_disk),
         Requirement("ports", check_ports),
+        Requirement("slot network", check_slot_network),
     ]
 
 
@@ -278,6 +283,21 @@ def check_network(_: Settings) -> str:
     return "made a namespace and a veth pair; IPv4 forwarding is on"
 
 
+def check_slot_network(settings: Settings) -> str:
+    network = settings.slot_network
+    remedy = "choose another with --slot-network"
+    if network.num_addresses < _LEAST_ADDRESSES:
+        raise Unmet(f"{network} has room for {network.num_addresses // 4} machines, at four addresses each", remedy)
+    listed = _try(["ip", "-j", "-4", "address"], "listing the host's addresses failed", "apt-get install iproute2")
+    for link in json.loads(listed or "[]"):
+        if link.get("ifname", "").startswith(f"{settings.instance}-"):
+            continue
+        for address in link.get("addr_info", ()):
+            if IPv4Address(address["local"]) in network:
+                raise Unmet(f"{address['local']} of {network} is {link['ifname']}'s already", remedy)
+    return f"{network} is not in use by anybody else"
+
+
 def check_nftables(_: Settings) -> str:
     table = f"emberbox_doctor_{os.getpid()}"
     if shutil.which("nft") is None:
@@ -373,6 +393,9 @@ def check_disk(settings: Settings) -> str:
 
 def check_ports(settings: Settings) -> str:
     wanted = ports(settings)
+    for option, _, port in wanted[1:]:
+        if [each[2] for each in wanted].count(port) > 1:
+            raise Unmet(f"port {port} is asked for twice", f"choose another with {option}")
     for option, host, port in wanted:
         problem = port_problem(host, port)
         if problem is not None:
@@ -429,9 +452,9 @@ def _run(command: list[str], *, standard_input: str | None = None) -> str:
     return done.stdout
 
 
-def _try(command: list[str], failure: str, remedy: str, *, standard_input: str | None = None) -> None:
+def _try(command: list[str], failure: str, remedy: str, *, standard_input: str | None = None) -> str:
     try:
-        _run(command, standard_input=standard_input)
+        return _run(command, standard_input=standard_input)
     except CommandError as error:
         raise Unmet(f"{failure}: {error}", remedy) from None
 
