@@ -16,7 +16,7 @@ from e2b import PtySize, Sandbox
 
 from tests.clients.support import servers
 from tests.clients.support.raw import websocket
-from tests.clients.support.timing import seconds
+from tests.clients.support.timing import seconds, whole_seconds
 
 # Of the call that ends the machine nothing is counted: how long a machine takes to stop is not the stream's matter.
 LIMIT = 10.0
@@ -186,3 +186,16 @@ def test_a_command_of_a_frozen_sandbox_goes_on_after_resume(make_sandbox):
         time.sleep(0.2)
 
     assert again.files.read("done.txt") == "done\n"
+
+
+def test_a_command_that_the_timeout_ends_says_that_the_sandbox_does_not_run(
+    make_sandbox: Callable[..., Sandbox],
+) -> None:
+    """Not that it runs and something does not listen."""
+    sandboxes = [make_sandbox(timeout=whole_seconds(4)) for _ in range(4)]
+    readers = [Reader(lambda sandbox=sandbox: sandbox.commands.run("sleep 100000", timeout=0)) for sandbox in sandboxes]
+
+    for reader in readers:
+        reader.ended_after(time.monotonic())
+
+    assert [type(reader.error) for reader in readers] == [e2b.exceptions.SandboxNotRunningException] * 4

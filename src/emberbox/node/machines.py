@@ -55,6 +55,7 @@ from emberbox.runtime.errors import RuntimeFailure
 log = structlog.get_logger("emberbox.node")
 
 _CLOSE_SECONDS = 10.0
+_ACKNOWLEDGE_SECONDS = 1.0
 _PAUSE_SECONDS = 300.0
 _MEMORY_RESERVE = 256 * MIB
 """Left to the host: below it the kernel would end processes, its own or a sandbox's."""
@@ -405,12 +406,21 @@ class Machines:
         log.info("sandbox.ended", sandbox_id=sandbox.sandbox_id, reason=reason or EndReason.KILLED, message=message)
         await sandbox.left()
         if hosted is not None:
+            if reason is EndReason.TIMED_OUT:
+                await self._until_acknowledged(sandbox)
             await self.hosting.end(hosted)
         elif record.upper:
             await remove_file(self.hosting.uppers_dir / record.upper)
         if record.saved_directory:
             await remove_tree(self.saved_dir / record.saved_directory)
         self.logs.ended(sandbox.sandbox_id)
+
+    async def _until_acknowledged(self, sandbox: Sandbox) -> None:
+        """Wait a moment until its end is known and nothing is routed to it: to who is connected, a machine that goes
+        before its route does looks like one that runs and does not listen."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ACKNOWLEDGE_SECONDS * self.hosting.time_scale):
+                await sandbox.acknowledged.wait()
 
     async def keep_end(self, sandbox: Sandbox, record: SandboxRecord, reason: EndReason, message: str) -> None:
         """Write and report that a sandbox ended by itself."""
@@ -438,6 +448,7 @@ class Machines:
             if sandbox is not None and sandbox.record is not None and sandbox.record.state is State.ENDED:
                 await self.records.remove(sandbox_id)
                 self._forget(sandbox)
+                sandbox.acknowledged.set()
 
     async def _watch(self, sandbox: Sandbox, hosted: Hosted) -> None:
         reason = await hosted.machine.wait()

@@ -32,6 +32,8 @@ class Sandbox:
         self.ending = False
         self.fault = ""
         """Why its machine ended by itself."""
+        self.acknowledged = asyncio.Event()
+        """The control plane has recorded its end and dropped its route."""
         self.lock = asyncio.Lock()
         self.writing = asyncio.Lock()
         """Held while the record on the disk changes: a deadline is moved without waiting for `lock`."""
