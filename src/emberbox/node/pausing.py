@@ -19,9 +19,9 @@ import structlog
 from emberbox.linux import sparse
 from emberbox.node import identity
 from emberbox.node.errors import AgentFailure
-from emberbox.node.files import remove_tree
+from emberbox.node.files import remove_file, remove_tree
 from emberbox.node.hosting import Hosted
-from emberbox.node.model import State, Status, TimeoutAction, now_ms
+from emberbox.node.model import Network, State, Status, TimeoutAction, now_ms
 from emberbox.node.records import SandboxRecord, SavedFacts
 from emberbox.node.sandbox import Sandbox
 from emberbox.node.tasks import finish
@@ -201,12 +201,46 @@ class Pausing:
         assert running.saved is not None
         directory = self._machines.saved_dir / running.saved_directory
         saved = running.saved.within(directory)
-        if discard_memory:
-            saved = replace(saved, memory=False)
-        secret = "" if discard_memory else running.saved.secret
         await sandbox.left()  # merged memory need not be copied once the last machine, which has it mapped, has ended
-        hosted = await self._start_again(running, saved, secret=secret)
+        if discard_memory:
+            hosted = await self._start_without_memory(running, replace(saved, memory=False))
+        else:
+            hosted = await self._start_again(running, saved, secret=running.saved.secret)
         await finish(self._settle_running(sandbox, hosted, running, used_up=directory))
+
+    async def _start_without_memory(self, running: SandboxRecord, saved: Saved) -> Hosted:
+        upper = await self.flushed(running)
+        if upper is None:
+            return await self._start_again(running, saved)
+        try:
+            return await self._start_again(running, replace(saved, upper=upper), upper=upper)
+        except BaseException:
+            await finish(remove_file(upper))
+            raise
+
+    async def flushed(self, record: SandboxRecord) -> Path | None:
+        """Return a copy of the disk of a sandbox paused with its memory, with what the guest's kernel still held.
+
+        The machine goes on for that, reaching nobody, until its files are flushed. The copy is the caller's. None
+        when the memory cannot be restored any more: then the disk as it is must do.
+        """
+        assert record.saved is not None
+        saved = record.saved.within(self._machines.saved_dir / record.saved_directory)
+        closed = replace(record, network=Network(allow_internet=False))
+        try:
+            hosted = await self._start_again(closed, saved, secret=record.saved.secret)
+        except (RuntimeFailure, AgentFailure) as error:
+            log.warning("sandbox.memory_not_flushed", sandbox_id=record.sandbox_id, error=str(error))
+            return None
+        kept = False
+        try:
+            await hosted.freeze_files()
+            kept = True
+        except (RuntimeFailure, AgentFailure) as error:
+            log.warning("sandbox.memory_not_flushed", sandbox_id=record.sandbox_id, error=str(error))
+        finally:
+            await finish(self._hosting.end(hosted, keep_upper=kept))
+        return hosted.spec.upper if kept else None
 
     async def _resume_files(self, sandbox: Sandbox, running: SandboxRecord) -> None:
         """Start cold on the upper that the last machine left, in place."""

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from emberbox.linux import sparse
 from emberbox.node.errors import AgentFailure, AlreadyHere, BadValue, NodeError, NoSuchSandbox, NoSuchSnapshot
-from emberbox.node.files import remove_tree
+from emberbox.node.files import remove_file, remove_tree
 from emberbox.node.hosting import Hosted
 from emberbox.node.machines import Machines, Seed
 from emberbox.node.model import Image, NewSandbox, State, Status
@@ -142,9 +142,16 @@ class Snapshots:
         assert record.saved is not None
         if record.saved_directory:
             source = self._machines.saved_dir / record.saved_directory
+            flushed = None
             if memory:
                 await to_thread_whole(_link_tree, source, directory, record.saved.upper)
-            await hosting.disks.clone(source / record.saved.upper, directory / record.saved.upper)
+            elif record.saved.memory:
+                flushed = await self._machines.pausing.flushed(record)
+            try:
+                await hosting.disks.clone(flushed or source / record.saved.upper, directory / record.saved.upper)
+            finally:
+                if flushed is not None:
+                    await finish(remove_file(flushed))
             return record.saved if memory else replace(record.saved, memory=False, secret="")
         await hosting.disks.clone(hosting.uppers_dir / record.upper, directory / "upper.ext4")
         return replace(record.saved, upper="upper.ext4")

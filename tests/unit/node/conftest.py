@@ -177,6 +177,8 @@ class FakeRuntime:
         self.capabilities = Capabilities(memory_snapshots=memory, live_limits=True, isolation="none")
         self.machines: dict[str, FakeMachine] = {}
         """Survive the node, as real machines do."""
+        self.made: list[FakeMachine] = []
+        """Every one, in order."""
         self.fail_start = ""
         self.fail_adopt = ""
         self.gates: dict[str, asyncio.Event] = {}
@@ -211,6 +213,7 @@ class FakeRuntime:
         machine.agent.refuse_commands = self.refuse_commands
         await machine.agent.start()
         self.machines[spec.machine_id] = machine
+        self.made.append(machine)
         self.starts += 1
         return machine
 
@@ -253,6 +256,7 @@ class FakeSlots:
         self.taken: set[int] = set()
         """Those in use by the node process of now; the sweep leaves them alone, as the real one does."""
         self.policies: dict[int, Network] = {}
+        self.applied: list[Network] = []
         self.shaped: dict[int, int] = {}
         self.refuse_policies = False
 
@@ -283,6 +287,7 @@ class FakeSlots:
         if self.refuse_policies:
             raise NetworkFailure("the rules were refused")
         self.policies[slot.index] = policy
+        self.applied.append(policy)
 
     async def shape(self, slot: Slot, mbit_per_second: int) -> None:
         self.shaped[slot.index] = mbit_per_second

@@ -20,7 +20,7 @@ from emberbox.node.errors import (
 )
 from emberbox.node.model import EndReason, Image, Network, State, TimeoutAction, now_ms
 from emberbox.runtime.base import Limits, Rates
-from emberbox.runtime.errors import RuntimeFailure
+from emberbox.runtime.errors import RuntimeFailure, SavedDamaged
 from tests.unit.node.conftest import until
 
 RATES = Rates(disk_mb_per_second=5, network_mbit_per_second=8)
@@ -193,7 +193,56 @@ async def test_discarding_memory_starts_cold_from_the_files(make_world: Any, any
     assert machine is not before
     assert before.destroyed
     assert machine.spec.upper.read_bytes() == b"files"
-    assert not any(saved.memory for saved in world.runtime.restored)
+    assert machine is world.runtime.made[-1]
+    assert len(world.runtime.machines) <= 2  # it, and maybe one that a template's memory is made of
+
+
+async def paused_with_unflushed_files(make_world: Any) -> Any:
+    world = await make_world(memory=True)
+    await world.create("s1")
+    await until(lambda: list((world.node.directory / "memories").glob("*/meta.json")))
+    world.runtime.of(world.node, "s1").spec.upper.write_bytes(b"old")
+    await world.node.machines.pause("s1", memory=True)
+    return world
+
+
+async def test_memory_that_is_discarded_is_flushed_to_the_disk_before(make_world: Any) -> None:
+    world = await paused_with_unflushed_files(make_world)
+
+    await world.node.machines.resume("s1", deadline_ms=later(60_000), on_timeout=None, discard_memory=True)
+
+    flushed, machine = world.runtime.made[-2:]
+    assert world.runtime.restored[-1].memory
+    assert flushed.agent.told == ["/init", "/fsfreeze"]
+    assert flushed.destroyed
+    assert world.slots.applied[-1] == Network(allow_internet=False)
+    assert machine.spec.upper == flushed.spec.upper
+    assert len(list((world.node.directory / "uppers").iterdir())) == 1
+
+
+async def test_a_snapshot_of_the_files_of_a_paused_sandbox_has_what_its_guest_held(make_world: Any) -> None:
+    world = await paused_with_unflushed_files(make_world)
+
+    meta = await world.node.snapshots.take("s1", "snap", memory=False)
+
+    assert world.runtime.made[-1].agent.told == ["/init", "/fsfreeze"]
+    assert (meta.saved.memory, world.runtime.made[-1].destroyed) == (False, True)
+    assert list((world.node.directory / "uppers").iterdir()) == []
+
+
+async def test_memory_that_cannot_be_restored_any_more_leaves_the_disk_as_it_is(make_world: Any) -> None:
+    world = await paused_with_unflushed_files(make_world)
+    restore = world.runtime.restore
+
+    async def damaged(spec: Any, saved: Any) -> Any:
+        if saved.memory:
+            raise SavedDamaged("the checksum differs")
+        return await restore(spec, saved)
+
+    world.runtime.restore = damaged
+    await world.node.machines.resume("s1", deadline_ms=later(60_000), on_timeout=None, discard_memory=True)
+
+    assert world.runtime.of(world.node, "s1").spec.upper.read_bytes() == b"old"
 
 
 async def test_a_resume_that_fails_leaves_the_sandbox_paused(make_world: Any) -> None:
