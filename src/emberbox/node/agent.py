@@ -25,7 +25,7 @@ from urllib.parse import urlencode
 
 import httptools
 
-from emberbox.node.errors import AgentBusy, AgentFailure
+from emberbox.node.errors import AgentBusy, AgentFailure, AgentTooSlow
 
 AGENT_PORT = 49983
 CONTROL_HEADER = "X-Ember-Control"
@@ -39,7 +39,7 @@ _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.001, 0.02
 _READ_BYTES = 64 * 1024
 _UPLOAD_BYTES = 1024 * 1024
 _END_OF_STREAM = 0x02
-_MOST_ANSWER_BYTES = 16 * 1024 * 1024
+_MOST_ANSWER_BYTES = 32 * 1024 * 1024
 _MOST_FRAME_BYTES = 4 * 1024 * 1024
 _MOST_SILENT_BYTES = 256 * 1024
 """The machine's root may answer in the agent's place, and without end. In a head, or between parts of a body."""
@@ -247,7 +247,7 @@ class Agent:
                 body = None if make_body is None else json.dumps(make_body()).encode()
                 answer = await self._exchange(connection, method, target, body=body, headers=headers)
         except TimeoutError:
-            raise AgentBusy(f"the agent did not answer {route} within {limit:g} s") from None
+            raise AgentTooSlow(f"the agent did not answer {route} within {limit:g} s") from None
         except (OSError, httptools.HttpParserError) as error:
             raise AgentFailure(f"the agent's {route} failed: {error}") from error
         if answer.status not in expect:

@@ -75,7 +75,11 @@ class AgentFailure(NodeError):
 
 
 class AgentBusy(AgentFailure):
-    """It did not answer in time, or does what must be done first: what was asked for may still come. INTERNAL."""
+    """It does what must be done first. INTERNAL."""
+
+
+class AgentTooSlow(AgentFailure):
+    """It did not answer in time: what was asked for may still be done. INTERNAL."""
 
 
 class NetworkFailure(NodeError):

@@ -18,7 +18,7 @@ from typing import Protocol
 import structlog
 
 from emberbox.node.agent import Agent
-from emberbox.node.errors import AgentBusy, AgentFailure, NodeError, WrongState
+from emberbox.node.errors import AgentBusy, AgentFailure, AgentTooSlow, NodeError, WrongState
 from emberbox.node.files import remove_file, remove_tree
 from emberbox.node.identity import Introduction
 from emberbox.node.model import OPEN_NETWORK, Image, Network
@@ -82,7 +82,7 @@ class Hosted:
             may_come = True
             await self.agent.freeze_files()
         except BaseException as error:
-            refused = isinstance(error, AgentFailure) and not isinstance(error, AgentBusy)
+            refused = isinstance(error, AgentFailure) and not isinstance(error, AgentBusy | AgentTooSlow)
             if may_come and not refused:
                 with contextlib.suppress(AgentFailure):
                     await finish(self.agent.thaw_files())

@@ -142,9 +142,13 @@ class BuildMachine:
             if remembers:  # a guest kernel holds what was written until it is told to let go
                 await self._hosted.agent.freeze_files(seconds=_FLUSH_SECONDS)
             saved = await self._hosted.machine.save(into, memory=False)
-        finally:
+        except BaseException:
             if remembers:
-                await finish(self._hosted.agent.thaw_files())
+                with contextlib.suppress(AgentFailure):  # of the first there is more to tell
+                    await finish(self._hosted.agent.thaw_files())
+            raise
+        if remembers:
+            await finish(self._hosted.agent.thaw_files())
         if saved.upper.name != "upper.ext4":
             await asyncio.to_thread(saved.upper.rename, into / "upper.ext4")
 
