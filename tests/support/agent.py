@@ -84,7 +84,7 @@ def build() -> Path:
     if not binary.exists() or binary.stat().st_mtime < newest:
         part = binary.with_suffix(f".{os.getpid()}")
         subprocess.run(
-            ["go", "build", "-trimpath", "-ldflags", "-s -w", "-o", str(part), "./cmd/emberd"],
+            ["go", "build", "-trimpath", "-ldflags", "-s -w -checklinkname=0", "-o", str(part), "./cmd/emberd"],
             cwd=AGENT,
             env={**os.environ, "CGO_ENABLED": "0"},
             check=True,
