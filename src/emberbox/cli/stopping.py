@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-from pathlib import Path
 
 from emberbox.cli import node_client
 from emberbox.cli.errors import CliError, NotRunning
 from emberbox.cli.output import err, note, warn
 from emberbox.cli.state import State, StateDir, effective_settings, running_state
 from emberbox.edge.main import end_leftover
+from emberbox.linux import processes
+from emberbox.node.model import State as Kept
 from emberbox.settings import Settings
 
 STOP_SECONDS = 120.0
@@ -79,14 +80,14 @@ def _stop_roles(settings: Settings, state: State, *, keep: bool) -> None:
 
 def _left_running(settings: Settings) -> tuple[str, ...]:
     """Sandboxes that ran when the last node stopped, and still may: the host was not restarted since."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    this_boot = processes.boot_id()
     found = []
     for path in sorted((settings.node_dir / "records").glob("*.json")):
         try:
             record = json.loads(path.read_text())
         except (OSError, ValueError):
             continue
-        if record.get("state") == "running" and record.get("boot_id") == boot_id:
+        if record.get("state") == Kept.RUNNING and record.get("boot_id") == this_boot:
             found.append(path.stem)
     return tuple(found)
 

@@ -159,7 +159,7 @@ def _stop_left_behind(settings: Settings, state_dir: StateDir, reporter: Reporte
         reporter.step(f"the last supervisor ended without stopping {names}; stopping them now")
     for one in left:
         one.process.stop(grace=LEFT_BEHIND_GRACE)
-    if all(one.name != "edge" for one in left) and end_leftover(settings):
+    if end_leftover(settings):
         reporter.step("its edge was killed as well; ended the HAProxy that it left")
     state_dir.clear()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import subprocess
 from pathlib import Path
@@ -178,11 +179,23 @@ class Proxy:
 
 
 def end_leftover(paths: Paths) -> bool:
-    """End the HAProxy that a killed edge left behind, when no other edge will take it over. True when there was one."""
+    """End the HAProxy that a killed edge left behind, when no other edge will take it over. True when there was one.
+
+    Blocks until it has let go of its ports.
+    """
     pid = _leftover(paths)
-    if pid is not None:
-        _signal(pid, signal.SIGTERM)
-    return pid is not None
+    if pid is None:
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+            poller = select.poll()
+            poller.register(descriptor, select.POLLIN)
+            poller.poll(_STOP_SECONDS * 1000)
+        finally:
+            os.close(descriptor)
+    return True
 
 
 def _leftover(paths: Paths) -> int | None:

@@ -18,6 +18,11 @@ class ProcessId:
     """Clock ticks after boot. A pid may be another process's by now; the two together are not."""
 
 
+def boot_id() -> str:
+    """The kernel's random ID of this boot (proc(5))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def identify(pid: int) -> ProcessId | None:
     """The identity of the living process `pid`; None when there is none, or it is a zombie."""
     try:

@@ -26,6 +26,7 @@ from urllib.parse import urlencode
 import httptools
 
 from emberbox.node.errors import AgentBusy, AgentFailure, AgentTooSlow
+from emberbox.node.tasks import finish
 
 AGENT_PORT = 49983
 CONTROL_HEADER = "X-Ember-Control"
@@ -108,18 +109,23 @@ class Agent:
     async def freeze_files(self, *, seconds: float = _FLUSH_SECONDS) -> None:
         """Flush the guest's file systems to the disk and hold writes until the machine ends or `thaw_files`.
 
+        One that fails or is cancelled is undone, for it may still be done.
+
         Args:
             seconds: what it may take; a guest holds back a fifth of its memory.
         """
-        await self._control("POST", "/fsfreeze", expect=(204,), seconds=seconds)
+        try:
+            await self._control("POST", "/fsfreeze", expect=(204,), seconds=seconds)
+        except BaseException as error:
+            refused = isinstance(error, AgentFailure) and not isinstance(error, AgentBusy | AgentTooSlow)
+            if not refused:
+                with suppress(AgentFailure):
+                    await finish(self.thaw_files())
+            raise
 
-    async def thaw_files(self, *, seconds: float = _FLUSH_SECONDS) -> None:
-        """Undo `freeze_files`, also one that nobody waited for: then it comes first. Nothing happens when none was.
-
-        Args:
-            seconds: how long to wait for it.
-        """
-        end = time.monotonic() + seconds * self._scale
+    async def thaw_files(self) -> None:
+        """Undo `freeze_files`, also one that is still under way: then it comes first. Nothing happens when none was."""
+        end = time.monotonic() + _FLUSH_SECONDS * self._scale
         while True:
             try:
                 await self._control("POST", "/fsthaw", expect=(204,))

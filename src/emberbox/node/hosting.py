@@ -18,7 +18,7 @@ from typing import Protocol
 import structlog
 
 from emberbox.node.agent import Agent
-from emberbox.node.errors import AgentBusy, AgentFailure, AgentTooSlow, NodeError, WrongState
+from emberbox.node.errors import AgentFailure, NodeError, WrongState
 from emberbox.node.files import remove_file, remove_tree
 from emberbox.node.identity import Introduction
 from emberbox.node.model import OPEN_NETWORK, Image, Network
@@ -75,17 +75,11 @@ class Hosted:
             AgentFailure, RuntimeFailure: it was not flushed; the machine goes on as before.
         """
         limited = self.spec.limits.rates.limit_disk
-        may_come = False
         try:
             if limited:
                 await finish(self.machine.set_rates(Rates()))  # to its end: it must not come after what undoes it
-            may_come = True
             await self.agent.freeze_files()
-        except BaseException as error:
-            refused = isinstance(error, AgentFailure) and not isinstance(error, AgentBusy | AgentTooSlow)
-            if may_come and not refused:
-                with contextlib.suppress(AgentFailure):
-                    await finish(self.agent.thaw_files())
+        except BaseException:
             if limited:
                 await finish(self.machine.set_rates(self.spec.limits.rates))
             raise

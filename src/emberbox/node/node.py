@@ -12,6 +12,7 @@ from pathlib import Path
 
 import structlog
 
+from emberbox.linux import processes
 from emberbox.node.adoption import Adopted, adopt_all, sweep_files
 from emberbox.node.builds import Builds
 from emberbox.node.disks import Disks
@@ -91,7 +92,7 @@ class Node:
             self.events,
             self.logs,
             saved_dir=self.directory / "saved",
-            boot_id=boot_id or read_boot_id(),
+            boot_id=boot_id or processes.boot_id(),
             max_machines=settings.max_machines,
         )
         self.snapshots = Snapshots(self.machines, self.directory / "snapshots")
@@ -208,11 +209,6 @@ class NodeLock:
 
     def release(self) -> None:
         os.close(self._descriptor)
-
-
-def read_boot_id() -> str:
-    """The kernel's random ID of this boot (proc(5))."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _node_id(path: Path) -> str:

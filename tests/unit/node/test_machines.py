@@ -871,28 +871,25 @@ async def test_files_are_flushed_as_fast_as_the_disk_can(make_world: Any) -> Non
     assert agent.told == ["rates 0", "/fsfreeze", "/fsthaw", "rates 5"]
 
 
-async def test_a_flush_that_fails_leaves_the_rates_as_they_were(make_world: Any) -> None:
+@pytest.mark.parametrize(
+    ("fails", "undoes"),
+    [
+        pytest.param("refuse_freeze", (), id="refused"),
+        pytest.param("busy_freeze", ("/fsthaw",), id="it may come later"),
+    ],
+)
+async def test_a_flush_that_fails_leaves_files_and_rates_as_they_were(
+    make_world: Any, fails: str, undoes: tuple[str, ...]
+) -> None:
     world = await make_world(memory=True)
     await world.create("s1", limits=LIMITED)
     agent = world.runtime.of(world.node, "s1").agent
     agent.told.clear()
-    agent.refuse_freeze = True
+    setattr(agent, fails, True)
 
     await world.node.snapshots.take("s1", "snap", memory=False)
 
-    assert agent.told == ["rates 0", "/fsfreeze", "rates 5"]
-
-
-async def test_a_flush_that_may_come_later_is_undone(make_world: Any) -> None:
-    world = await make_world(memory=True)
-    await world.create("s1", limits=LIMITED)
-    agent = world.runtime.of(world.node, "s1").agent
-    agent.told.clear()
-    agent.busy_freeze = True
-
-    await world.node.snapshots.take("s1", "snap", memory=False)
-
-    assert agent.told == ["rates 0", "/fsfreeze", "/fsthaw", "rates 5"]
+    assert agent.told == ["rates 0", "/fsfreeze", *undoes, "rates 5"]
 
 
 async def test_a_flush_that_is_cancelled_while_the_rates_are_lifted_sets_them_again(make_world: Any) -> None:

@@ -138,9 +138,9 @@ class BuildMachine:
     async def save(self, into: Path) -> None:
         """Copy the machine's disk into an empty folder, as `upper.ext4`, with everything written so far."""
         remembers = self._hosting.runtime.capabilities.memory_snapshots
+        if remembers:  # a guest kernel holds what was written until it is told to let go
+            await self._hosted.agent.freeze_files(seconds=_FLUSH_SECONDS)
         try:
-            if remembers:  # a guest kernel holds what was written until it is told to let go
-                await self._hosted.agent.freeze_files(seconds=_FLUSH_SECONDS)
             saved = await self._hosted.machine.save(into, memory=False)
         except BaseException:
             if remembers:

@@ -89,8 +89,9 @@ def _packages(folder: Path) -> list[str]:
     """Return the newest kernel's package and, where they have one of their own, its modules'; none when apt does not
     know any."""
     for meta in META_PACKAGES:
-        for image in _dependencies(meta, "linux-image-", folder):
-            return [image, *_dependencies(image, "linux-modules-", folder)]
+        images = _dependencies(meta, "linux-image-", folder)
+        if images:
+            return [images[0], *_dependencies(images[0], "linux-modules-", folder)]
     return []
 
 

@@ -22,7 +22,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from emberbox.linux import sparse
+from emberbox.linux import processes, sparse
 from emberbox.runtime.errors import SavedDamaged
 
 FORMAT = 2
@@ -105,7 +105,7 @@ class Trusted:
     _MOST = 10_000
 
     def __init__(self, boot_id: str | None = None) -> None:
-        self._boot_id = boot_id or Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        self._boot_id = boot_id or processes.boot_id()
         self._known: dict[tuple[int, int, int], _Note] = {}
 
     def add(self, path: Path, checksum: str) -> None:
