@@ -212,7 +212,12 @@ def up_in_background(settings: Settings) -> None:
     os.close(output)
     os.close(writing)
     with os.fdopen(reading) as lines:
-        if not relay(lines, ConsoleReporter(on_ready=lambda: print_exports(settings))):
+        try:
+            told = relay(lines, ConsoleReporter(on_ready=lambda: print_exports(settings)))
+        except CliError:
+            os.waitpid(process, 0)  # it has cleaned up, and nothing of it is left when this returns
+            raise
+        if not told:
             _, status = os.waitpid(process, 0)
             code = os.waitstatus_to_exitcode(status)
             raise CliError(f"Emberbox ended while starting (code {code}); see {log_file}")
