@@ -141,12 +141,10 @@ def test_emberbox_lists_shows_publishes_and_deletes(builder_host, name):
 
 def test_emberbox_builds_nothing_that_it_does_not_know(builder_host):
     unknown = ours(builder_host, "build", "no-such-template")
-    base = ours(builder_host, "build", "base")
 
-    assert unknown.returncode == base.returncode == 1
+    assert unknown.returncode == 1
     assert "--image" in unknown.stderr
     assert "docs/templates.md" in unknown.stderr
-    assert "emberbox up" in base.stderr
 
 
 def test_emberbox_tells_how_a_build_from_an_image_failed(builder_host, name):
@@ -189,3 +187,20 @@ def test_on_a_terminal_a_build_is_shown_while_it_runs(builder_host):
         terminal.close()
 
     assert code == 0
+
+
+def test_base_is_built_again_when_asked(builder, builder_host):
+    with Api(builder) as api:
+        before = api.get("/templates/base").json()
+
+    done = ours(builder_host, "build", "base", timeout=seconds(600))
+
+    with Api(builder) as api:
+        after = api.get("/templates/base").json()
+    sandbox = Sandbox.create(timeout=whole_seconds(300))
+    output = sandbox.commands.run("echo $((6 * 7))").stdout
+    sandbox.kill()
+    assert done.returncode == 0, done.stderr
+    assert "Found in the image cache" in done.stderr
+    assert len(after["builds"]) == len(before["builds"]) + 1
+    assert output == "42\n"

@@ -1,4 +1,5 @@
-# Sourced in the lab before Emberbox is started: where it answers, and that its processor is slow.
+# Sourced in the lab before Emberbox is started, and when its base template is made: where it answers, that its processor
+# is slow, and that guests reach package registries the way this machine does.
 export EMBERBOX_RUNTIME=firecracker
 export EMBERBOX_API_HOST=0.0.0.0
 export EMBERBOX_EDGE_HOST=0.0.0.0
@@ -9,4 +10,5 @@ export EMBERBOX_DEFAULT_CPU_COUNT=1
 export EMBERBOX_DEFAULT_DISK_SIZE_MB=1024
 export EMBERBOX_WARM_MAX=2
 export EMBERBOX_INSTANCE_NAME=eblab
+export EMBERBOX_INHERIT_HOST_NETWORK=true
 cd /opt/emberbox

@@ -12,6 +12,7 @@ case "$1" in
     make install
     tools/install.sh venv dev
     .venv/bin/python -m compileall -q src tests bench
+    . /usr/lib/emberbox-lab/environment
     .venv/bin/python tests/lab/prepare.py
     ;;
 esac

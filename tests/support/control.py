@@ -72,8 +72,8 @@ class World:
 
     async def ready(self) -> None:
         """Wait until the node is connected and `base` is there."""
-        await eventually(lambda: self.control.shipped.startup.status in ("ready", "error"))
-        assert self.control.shipped.startup.status == "ready", self.control.shipped.startup
+        await eventually(lambda: self.control.shipped.base.startup.status in ("ready", "error"))
+        assert self.control.shipped.base.startup.status == "ready", self.control.shipped.base.startup
 
     async def create(self, **body: Any) -> dict[str, Any]:
         answer = await self.client.post("/v2/sandboxes", json={"templateID": "base", **body})

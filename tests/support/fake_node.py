@@ -67,6 +67,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         self.snapshots: dict[str, pb.SnapshotStatus] = {}
         self.builds: list[pb.BuildRequest] = []
         self.layers = ["ab" * 32]
+        self.base_key = "base-1"
         self.build_events: list[pb.BuildEvent] = [
             pb.BuildEvent(progress=pb.BuildProgress(stage="unpacking", fraction=0.5)),
             pb.BuildEvent(log=pb.BuildLog(entry=pb.LogEntry(level="info", message="one"), step="base")),
@@ -157,6 +158,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             cpu_architecture="x86_64",
             cpu_model="Fake",
             service_instance_id=self.instance,
+            base_key=self.base_key,
         )
 
     async def Create(self, request: pb.CreateRequest, context: Any) -> pb.MachineStatus:

@@ -28,7 +28,7 @@ async def health() -> None:
 @router.get("/startup", include_in_schema=False)
 async def startup(plane: Control) -> dict[str, dict[str, object]]:
     """How far the `base` template is, for `emberbox up`."""
-    return {"base": asdict(plane.shipped.startup)}
+    return {"base": asdict(plane.shipped.base.startup)}
 
 
 @router.get("/metrics", include_in_schema=False)

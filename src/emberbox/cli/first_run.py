@@ -81,7 +81,7 @@ def _store(settings: Settings) -> str:
 async def ensure_base(settings: Settings, reporter: Reporter) -> None:
     """Wait until the `base` template is ready, showing how its build gets on.
 
-    The api starts the build by itself when there is none, and tells about it at `GET /startup`:
+    The api builds it by itself when there is none or its making changed, and tells about it at `GET /startup`:
     `{"base": {"status": "waiting"|"building"|"ready"|"error", "stage": str, "fraction": 0..1, "message": str}}`.
 
     Raises:
@@ -92,6 +92,8 @@ async def ensure_base(settings: Settings, reporter: Reporter) -> None:
         while True:
             base = await _startup(api)
             if base["status"] == "ready":
+                if base["message"]:
+                    reporter.step(base["message"])
                 return
             if base["status"] == "error":
                 raise CliError(f"the base template could not be built: {base['message']}")

@@ -117,12 +117,15 @@ class BuildWork:
             raise Invalid("the template that it builds from was deleted meanwhile")
         request = self._request(build, team_id, plan, source)
         node = await self._node(source.node_id if source else None)
+        begun_with: dict[str, object] = {"started_ms": now_ms()}
+        if "recipe" in stored:
+            begun_with["made_of"] = (await node.describe()).base_key
         changes = {
             "status": "building",
             "node_id": node.node_id,
             "worker": self._plane.worker,
             "updated_at": now_ms(),
-            "request": {**stored, "started_ms": now_ms()},
+            "request": {**stored, **begun_with},
         }
         begun = await rows.change_build(self._plane.store, build.id, statuses=["waiting"], changes=changes)
         if begun is None:

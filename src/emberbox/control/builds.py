@@ -164,12 +164,9 @@ class Builds:
         """Queue a build that was prepared here."""
         await self._enqueue(build, team_id, plan, source)
 
-    def start_recipe(self, build: BuildRecord, team_id: str) -> asyncio.Task[None]:
+    def start_recipe(self, build: BuildRecord, team_id: str, plan: BuildPlan) -> None:
         """Build a recipe of the node's, before everything else."""
-        self._queue.add(build.id, team_id, lambda: self._work.carry_out(build.id, team_id, BuildPlan()), now=True)
-        task = self._queue.running(build.id)
-        assert task is not None
-        return task
+        self._queue.add(build.id, team_id, lambda: self._work.carry_out(build.id, team_id, plan), now=True)
 
     def running(self, build_id: str) -> asyncio.Task[None] | None:
         """The task of a build that this process follows."""

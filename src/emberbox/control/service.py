@@ -113,7 +113,7 @@ class ControlPlane:
 
     async def _start_up(self) -> None:
         """What is done once a node is there."""
-        await self.shipped.ensure_base()
+        await self.shipped.base.ensure()
         await self.builds.connected_node()
         await self.snapshots.undo_interrupted()
 

@@ -77,9 +77,7 @@ async def build_base(
         BuildFailed: a step failed; the message has the end of its output.
         ImageError: the layer could not be packed or kept.
     """
-    recipe = await asyncio.to_thread(load_recipe, name)
-    host = await asyncio.to_thread(read_host_network) if settings.inherit_host_network else HostNetwork()
-    key = _key(recipe, host)
+    recipe, host, key = await asyncio.to_thread(_ingredients, settings, name)
     store = LayerStore(layers_dir)
     cache = _Cache(settings.image_cache_dir)
     if not fresh:
@@ -109,6 +107,22 @@ async def build_base(
     progress("Done", 1.0)
     log.info("image.built", recipe=name, layer=layer.digest, size_bytes=layer.size_bytes)
     return built
+
+
+def base_key(settings: Settings, name: str = "base") -> str:
+    """The `key` that a build of a recipe would have now; reads files.
+
+    Raises:
+        RecipeError: the recipe is missing or wrong.
+    """
+    return _ingredients(settings, name)[2]
+
+
+def _ingredients(settings: Settings, name: str) -> tuple[Recipe, HostNetwork, str]:
+    """What goes into a build, and its key."""
+    recipe = load_recipe(name)
+    host = read_host_network() if settings.inherit_host_network else HostNetwork()
+    return recipe, host, _key(recipe, host)
 
 
 def _key(recipe: Recipe, host: HostNetwork) -> str:

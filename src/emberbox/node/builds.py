@@ -16,7 +16,8 @@ from pathlib import Path
 
 import structlog
 
-from emberbox.images.errors import ImageError
+from emberbox.images.base import base_key
+from emberbox.images.errors import ImageError, RecipeError
 from emberbox.images.layers import LayerStore
 from emberbox.images.oci import Images
 from emberbox.linux import mounts
@@ -91,6 +92,7 @@ class Builds:
         self._tasks = Tasks()
         self._tending = asyncio.Lock()
         self._closed = False
+        self._base_key: str | None = None
 
     def sweep(self) -> list[str]:
         """Remove what builds of an earlier process left half-made; blocks. Machines are the runtime's to sweep."""
@@ -102,6 +104,16 @@ class Builds:
             shutil.rmtree(path, ignore_errors=True)
             removed.append(f"layers/{path.name}")
         return removed
+
+    async def base_key(self) -> str:
+        """What a build of `base` would be made of, as it was when it was first asked for; empty without a recipe."""
+        if self._base_key is None:
+            try:
+                self._base_key = await asyncio.to_thread(base_key, self._settings)
+            except RecipeError as error:
+                log.error("recipe.unreadable", error=str(error))
+                self._base_key = ""
+        return self._base_key
 
     def known(self) -> list[str]:
         """IDs of the builds that are here; blocks."""

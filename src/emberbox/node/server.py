@@ -140,6 +140,7 @@ class NodeService(node_pb2_grpc.NodeServicer):
             cpu_architecture=host.cpu_architecture,
             cpu_model=host.cpu_model,
             service_instance_id=self._instance_id,
+            base_key=await node.builds.base_key(),
         )
 
     # ---- machines

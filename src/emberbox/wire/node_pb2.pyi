@@ -139,6 +139,7 @@ class NodeDescription(_message.Message):
     CPU_ARCHITECTURE_FIELD_NUMBER: _builtins.int
     CPU_MODEL_FIELD_NUMBER: _builtins.int
     SERVICE_INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    BASE_KEY_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     runtime: _builtins.str
     """firecracker | container"""
@@ -159,6 +160,8 @@ class NodeDescription(_message.Message):
     cpu_model: _builtins.str
     service_instance_id: _builtins.str
     """new at every start of the node process"""
+    base_key: _builtins.str
+    """changes with everything that a build of the recipe `base` would be made of here"""
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """digests present"""
@@ -184,10 +187,11 @@ class NodeDescription(_message.Message):
         cpu_architecture: _builtins.str = ...,
         cpu_model: _builtins.str = ...,
         service_instance_id: _builtins.str = ...,
+        base_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_architecture", b"cpu_architecture", "cpu_count", b"cpu_count", "cpu_model", b"cpu_model", "cpu_used_percent", b"cpu_used_percent", "creates_failed", b"creates_failed", "creates_succeeded", b"creates_succeeded", "disk_bytes", b"disk_bytes", "disk_free_bytes", b"disk_free_bytes", "layers", b"layers", "machines_running", b"machines_running", "machines_starting", b"machines_starting", "memory_bytes", b"memory_bytes", "memory_snapshots", b"memory_snapshots", "memory_used_bytes", b"memory_used_bytes", "node_id", b"node_id", "runtime", b"runtime", "service_instance_id", b"service_instance_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_key", b"base_key", "cpu_architecture", b"cpu_architecture", "cpu_count", b"cpu_count", "cpu_model", b"cpu_model", "cpu_used_percent", b"cpu_used_percent", "creates_failed", b"creates_failed", "creates_succeeded", b"creates_succeeded", "disk_bytes", b"disk_bytes", "disk_free_bytes", b"disk_free_bytes", "layers", b"layers", "machines_running", b"machines_running", "machines_starting", b"machines_starting", "memory_bytes", b"memory_bytes", "memory_snapshots", b"memory_snapshots", "memory_used_bytes", b"memory_used_bytes", "node_id", b"node_id", "runtime", b"runtime", "service_instance_id", b"service_instance_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

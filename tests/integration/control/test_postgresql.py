@@ -94,7 +94,7 @@ async def test_two_processes_may_migrate_at_once(postgresql: Cluster) -> None:
 async def test_a_node_that_is_drained_by_one_process_gets_no_sandbox_from_another(world: World) -> None:
     other = create_app(world.settings)
     async with world.client_with(X_Admin_Token=ADMIN_TOKEN) as admin, other.router.lifespan_context(other):
-        await eventually(lambda: other.state.control.shipped.startup.status == "ready")
+        await eventually(lambda: other.state.control.shipped.base.startup.status == "ready")
         codes = []
         for status in ("draining", "ready"):
             await admin.post(f"/nodes/{world.node.node_id}", json={"status": status})

@@ -249,11 +249,73 @@ async def test_base_is_built_again_when_the_node_has_lost_its_layers(restarted: 
     restarted.node.layers = []
 
     async with restarted.serving():
-        await eventually(lambda: restarted.control.shipped.startup.status == "ready")
+        await eventually(lambda: restarted.control.shipped.base.startup.status == "ready")
         templates = (await restarted.client.get("/v2/templates")).json()
 
     assert len(restarted.node.builds) == 2
     assert [template["buildCount"] for template in templates] == [2]
+
+
+async def test_base_stays_when_nothing_that_goes_into_it_has_changed(restarted: World) -> None:
+    async with restarted.serving():
+        await restarted.ready()
+
+    assert len(restarted.node.builds) == 1
+
+
+async def test_base_is_built_again_when_what_goes_into_it_has_changed(restarted: World) -> None:
+    restarted.node.base_key = "base-2"
+    restarted.node.build_hold = asyncio.Event()
+
+    async with restarted.serving():
+        await eventually(lambda: len(restarted.node.builds) == 2)
+        meanwhile = (await restarted.client.get("/startup")).json()["base"]["status"]
+        created_meanwhile = await restarted.create()
+        restarted.node.build_hold.set()
+        await restarted.ready()
+        created_then = await restarted.create()
+    async with restarted.serving():
+        await restarted.ready()
+
+    assert meanwhile == "building"
+    assert len(restarted.node.builds) == 2
+    started_from = [
+        restarted.node.machines[made["sandboxID"]].request.image.build_id for made in (created_meanwhile, created_then)
+    ]
+    assert started_from == [build.build_id for build in restarted.node.builds]
+
+
+async def test_base_is_built_again_with_its_rates_when_default_sizes_have_changed(restarted: World) -> None:
+    async with restarted.serving():
+        await restarted.ready()
+        made = await restarted.client.post("/shipped-templates/base/builds?networkMbitPerSecond=8&force=true")
+        await eventually(lambda: len(restarted.node.builds) == 2)
+        await eventually(lambda: restarted.control.builds.load == (0, 0))
+    restarted.settings = restarted.settings.model_copy(update={"default_memory_mb": 2048})
+
+    async with restarted.serving():
+        await restarted.ready()
+        created = await restarted.create()
+
+    forced, renewed = restarted.node.builds[1:]
+    assert made.status_code == 202
+    assert (forced.recipe, forced.force, renewed.force) == ("base", True, False)
+    assert forced.rates.network_mbit_per_second == renewed.rates.network_mbit_per_second == 8
+    assert restarted.node.machines[created["sandboxID"]].request.memory_mb == 2048
+
+
+async def test_the_base_of_before_stays_in_use_when_it_cannot_be_built_again(restarted: World) -> None:
+    restarted.node.base_key = "base-2"
+    restarted.node.build_events = [pb.BuildEvent(failed=pb.BuildFailed(message="no space left", step="base"))]
+
+    async with restarted.serving():
+        await restarted.ready()
+        told = (await restarted.client.get("/startup")).json()["base"]
+        created = await restarted.create()
+
+    assert "could not be built again: no space left" in told["message"]
+    used = restarted.node.machines[created["sandboxID"]].request.image.build_id
+    assert used == restarted.node.builds[0].build_id
 
 
 async def test_base_waits_for_the_first_team_that_another_process_makes() -> None:
@@ -262,9 +324,9 @@ async def test_base_waits_for_the_first_team_that_another_process_makes() -> Non
         async with world.serving():
             await eventually(lambda: any(node.connected.is_set() for node in world.control.plane.nodes))
             await asyncio.sleep(0.3)
-            before = world.control.shipped.startup.status
+            before = world.control.shipped.base.startup.status
             await bootstrap(world.settings)
-            await eventually(lambda: world.control.shipped.startup.status == "ready")
+            await eventually(lambda: world.control.shipped.base.startup.status == "ready")
 
     assert before == "waiting"
 
@@ -274,7 +336,7 @@ async def test_a_failed_base_build_is_told(restarted: World) -> None:
     restarted.node.build_events = [pb.BuildEvent(failed=pb.BuildFailed(message="no space left", step="base"))]
 
     async with restarted.serving():
-        await eventually(lambda: restarted.control.shipped.startup.status == "error")
+        await eventually(lambda: restarted.control.shipped.base.startup.status == "error")
         told = (await restarted.client.get("/startup")).json()
 
     assert told["base"]["status"] == "error"

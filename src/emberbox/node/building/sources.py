@@ -71,9 +71,12 @@ class Sources:
         raise BadValue("a build needs a recipe, an image or another build to start from")
 
     async def _from_recipe(self, new: NewBuild, journal: Journal) -> Base:
-        built = await build_base(
-            self._layers_dir, self._settings, journal.progress, name=new.recipe, fresh=new.force and not new.steps
-        )
+        def tell(stage: str, fraction: float) -> None:
+            journal.log(stage)
+            journal.progress(stage, fraction)
+
+        fresh = new.force and not new.steps
+        built = await build_base(self._layers_dir, self._settings, tell, name=new.recipe, fresh=fresh)
         state = BuildState(env=built.env, user=built.default_user, workdir=built.default_workdir)
         return Base(built.layers, state, built.size_bytes)
 
