@@ -37,6 +37,19 @@ def test_a_clone_is_equal_sparse_and_independent(tmp_path: Path) -> None:
     assert sparse.allocated(tmp_path / "b") < 1024 * 1024
 
 
+def test_a_cheap_clone_is_made_unless_much_is_to_be_copied(tmp_path: Path) -> None:
+    original = write(tmp_path / "a", {3: 1, 40: 2}, pages_total=16384)
+    sparse.clone(tmp_path / "a", tmp_path / "b")
+    shared = sparse.clone(tmp_path / "b", tmp_path / "c")
+
+    little = sparse.clone_cheaply(tmp_path / "a", tmp_path / "d", most=1024 * 1024)
+    much = sparse.clone_cheaply(tmp_path / "a", tmp_path / "e", most=0)
+
+    assert (little, much) == (True, shared)
+    assert (tmp_path / "d").read_bytes() == original
+    assert (tmp_path / "e").exists() == shared
+
+
 def test_a_clone_never_replaces_a_file(tmp_path: Path) -> None:
     write(tmp_path / "a", {0: 1})
     write(tmp_path / "b", {0: 2})

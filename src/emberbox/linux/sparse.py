@@ -51,6 +51,27 @@ def clone(source: Path, target: Path, *, mode: int = 0o600) -> bool:
     return shared
 
 
+def clone_cheaply(source: Path, target: Path, *, most: int) -> bool:
+    """`clone`, unless blocks cannot be shared and more than `most` bytes were to be copied; tells whether it was made.
+
+    Raises:
+        OSError: as `clone`.
+    """
+    if allocated(source) <= most:
+        clone(source, target)
+        return True
+    shared = False
+    with source.open("rb") as reader:
+        writer = os.open(target, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            shared = _reflink(reader.fileno(), writer)
+        finally:
+            os.close(writer)
+            if not shared:
+                target.unlink(missing_ok=True)
+    return shared
+
+
 def overlay(changes: Path, onto: Path) -> int:
     """Write every data range of the sparse file `changes` over the same range of `onto`; returns the bytes written."""
     with changes.open("rb") as reader, onto.open("r+b") as writer:

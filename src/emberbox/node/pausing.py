@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ import structlog
 
 from emberbox.linux import sparse
 from emberbox.node import identity
-from emberbox.node.errors import AgentFailure
+from emberbox.node.errors import AgentFailure, DiskFull
 from emberbox.node.files import remove_file, remove_tree
 from emberbox.node.hosting import Hosted
 from emberbox.node.model import Network, State, Status, TimeoutAction, now_ms
@@ -206,7 +207,7 @@ class Pausing:
             hosted = await self._start_without_memory(running, replace(saved, memory=False))
         else:
             hosted = await self._start_again(running, saved, secret=running.saved.secret)
-        await finish(self._settle_running(sandbox, hosted, running, used_up=directory))
+        await finish(self._settle_running(sandbox, hosted, running, used_up=lambda: remove_tree(directory)))
 
     async def _start_without_memory(self, running: SandboxRecord, saved: Saved) -> Hosted:
         upper = await self.flushed(running)
@@ -243,17 +244,36 @@ class Pausing:
         return hosted.spec.upper if kept else None
 
     async def _resume_files(self, sandbox: Sandbox, running: SandboxRecord) -> None:
-        """Start cold on the upper that the last machine left, in place."""
+        """Start cold on the upper that the last machine left: on a copy, so that it stays whole until the machine runs.
+
+        In place where a copy takes long or does not fit.
+        """
         if sandbox.hosted is not None:
             await finish(self.discard_frozen(sandbox))
             assert sandbox.record is not None
             running = replace(running, saved=sandbox.record.saved)
-        upper = self._hosting.uppers_dir / running.upper
-        self._hosting.check_unused(upper)
+        left = self._hosting.uppers_dir / running.upper
+        self._hosting.check_unused(left)
         assert running.saved is not None
         saved = running.saved.within(self._hosting.uppers_dir)
-        hosted = await self._start_again(running, saved, upper=upper)
-        await finish(self._settle_running(sandbox, hosted, running, used_up=None))
+        upper = self._hosting.uppers_dir / f"{sandbox.sandbox_id}-{secrets.token_hex(4)}.ext4"
+        if not await self._copied(left, upper):
+            upper = left
+        try:
+            hosted = await self._start_again(running, replace(saved, upper=upper), upper=upper)
+        except BaseException:
+            if upper != left:
+                await finish(remove_file(upper))
+            raise
+        used_up = None if upper == left else lambda: remove_file(left)
+        await finish(self._settle_running(sandbox, hosted, running, used_up=used_up))
+
+    async def _copied(self, disk: Path, copy: Path) -> bool:
+        try:
+            return await self._hosting.disks.clone_cheaply(disk, copy)
+        except DiskFull as error:
+            log.warning("sandbox.resumed_in_place", disk=disk.name, reason=str(error))
+            return False
 
     async def _start_again(
         self, running: SandboxRecord, saved: Saved, *, secret: str = "", upper: Path | None = None
@@ -271,12 +291,17 @@ class Pausing:
         )
 
     async def _settle_running(
-        self, sandbox: Sandbox, hosted: Hosted, running: SandboxRecord, *, used_up: Path | None
+        self,
+        sandbox: Sandbox,
+        hosted: Hosted,
+        running: SandboxRecord,
+        *,
+        used_up: Callable[[], Awaitable[None]] | None,
     ) -> None:
         """Go on in a new machine.
 
         Args:
-            used_up: the directory of saved memory that it was restored from; None when its upper is the sandbox's own.
+            used_up: removes what it started from a copy of; None when its upper is the sandbox's own.
         """
         try:
             await self._machines.run_on(sandbox, hosted, running)
@@ -284,7 +309,7 @@ class Pausing:
             await self._hosting.end(hosted, keep_upper=used_up is None)
             raise
         if used_up is not None:
-            await remove_tree(used_up)
+            await used_up()
 
     async def discard_frozen(self, sandbox: Sandbox) -> None:
         """Turn a sandbox paused in memory into one paused with its files only."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from emberbox.node.errors import LayerMissing, NetworkFailure, NodeFull
+from emberbox.node.errors import DiskFull, LayerMissing, NetworkFailure, NodeFull
 from emberbox.node.machines import Seed
 from emberbox.node.model import Image, Network, NewSandbox, TimeoutAction, now_ms
 from emberbox.node.node import Node
@@ -301,6 +301,8 @@ class FakeSlots:
 
 
 class FakeDisks:
+    full = False
+
     def layer(self, digest: str) -> Path:
         if digest == "missing":
             raise LayerMissing(digest)
@@ -311,6 +313,12 @@ class FakeDisks:
 
     async def clone(self, source: Path, target: Path) -> None:
         target.write_bytes(source.read_bytes())
+
+    async def clone_cheaply(self, source: Path, target: Path) -> bool:
+        if self.full:
+            raise DiskFull("full")
+        await self.clone(source, target)
+        return True
 
     async def used_bytes(self, path: Path) -> int:
         return path.stat().st_size
@@ -330,6 +338,7 @@ class World:
     spares: int = 0
     boot_id: str = "boot1"
     node: Node = field(init=False)
+    disks: FakeDisks = field(default_factory=FakeDisks)
 
     async def start(self) -> Node:
         settings = Settings(
@@ -339,7 +348,7 @@ class World:
             max_machines=self.max_machines,
             spares=self.spares,
         )
-        self.node = Node(settings, self.runtime, self.slots, FakeDisks(), boot_id=self.boot_id)  # type: ignore[arg-type]
+        self.node = Node(settings, self.runtime, self.slots, self.disks, boot_id=self.boot_id)  # type: ignore[arg-type]
         await self.node.start()
         return self.node
 

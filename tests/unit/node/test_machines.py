@@ -260,6 +260,46 @@ async def test_a_resume_that_fails_leaves_the_sandbox_paused(make_world: Any) ->
     assert world.runtime.of(world.node, "s1").spec.upper.read_bytes() == b"files"
 
 
+async def test_a_cold_resume_that_does_not_come_to_its_end_leaves_the_disk_as_it_was(make_world: Any) -> None:
+    world = await make_world()
+    await world.create("s1")
+    left = world.runtime.of(world.node, "s1").spec.upper
+    left.write_bytes(b"files")
+    await world.node.machines.pause("s1", memory=False)
+    reached = world.runtime.hold("start")
+    resume = asyncio.create_task(
+        world.node.machines.resume("s1", deadline_ms=later(60_000), on_timeout=None, discard_memory=False)
+    )
+    await reached.wait()
+    copies = set(left.parent.iterdir()) - {left}
+    for copy in copies:
+        copy.write_bytes(b"half-written")
+
+    resume.cancel()
+    await asyncio.gather(resume, return_exceptions=True)
+
+    assert len(copies) == 1
+    assert list(left.parent.iterdir()) == [left]
+    world.runtime.gates["start"].set()
+    await world.node.machines.resume("s1", deadline_ms=later(60_000), on_timeout=None, discard_memory=False)
+    now = world.runtime.of(world.node, "s1").spec.upper
+    assert now.read_bytes() == b"files"
+    assert list(left.parent.iterdir()) == [now]
+
+
+async def test_a_cold_resume_goes_on_in_place_when_a_copy_of_the_disk_does_not_fit(make_world: Any) -> None:
+    world = await make_world()
+    await world.create("s1")
+    left = world.runtime.of(world.node, "s1").spec.upper
+    await world.node.machines.pause("s1", memory=False)
+    world.disks.full = True
+
+    await world.node.machines.resume("s1", deadline_ms=later(60_000), on_timeout=None, discard_memory=False)
+
+    assert world.runtime.of(world.node, "s1").spec.upper == left
+    assert left.exists()
+
+
 async def test_a_pause_that_fails_leaves_the_sandbox_running(make_world: Any, any_runtime: Any) -> None:
     world = await make_world(runtime=any_runtime)
     await world.create("s1")

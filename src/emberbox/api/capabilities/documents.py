@@ -123,6 +123,7 @@ async def llms(request: Request) -> PlainTextResponse:
         "## Documents",
         "",
         f"- [OpenAPI]({base}/openapi.json): every operation ([as a page]({base}/docs), [as YAML]({base}/openapi.yml))",
+        f"- [MCP]({base}/mcp): the same for agents, as tools over streamable HTTP",
         f"- [Agent Skill]({base}/skill.zip): instructions and small scripts, Python 3 only",
         *(f"- [{one.label}]({base}/capabilities/{one.name}.yaml): {one.description}" for one in CAPABILITIES),
         f"- [Sandbox schema]({base}/schemas/sandbox.json), [template schema]({base}/schemas/template.json),"

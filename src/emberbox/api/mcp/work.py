@@ -16,7 +16,7 @@ from emberbox.api.fields import StringMap, Text
 from emberbox.api.mcp.clipped import Clipped
 from emberbox.api.mcp.tool import Call, Tool
 from emberbox.api.mcp.tools import OneSandbox
-from emberbox.api.sandbox_models import ForkRequest, ForkResult
+from emberbox.api.sandbox_models import ForkRequest, ForkResult, TimeoutSeconds
 from emberbox.control.errors import Conflict, Invalid
 from emberbox.control.states import State
 from emberbox.store.records import SandboxRecord
@@ -119,7 +119,8 @@ class PortUrl(BaseModel):
 
 
 class ForkSandbox(OneSandbox, ForkRequest):
-    pass
+    # As in `CreateSandbox`.
+    timeout: TimeoutSeconds = 300
 
 
 class Forks(BaseModel):
