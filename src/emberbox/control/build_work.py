@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -221,7 +221,7 @@ class BuildWork:
         """Have the node remove those of a build's layers that no build uses any more."""
         unused = await rows.unused_layers(self._plane.store, layers, but_by=build.id)
         if unused:
-            await self._plane.delete_on_node(build, sorted(unused))
+            await self._plane.delete_on_node(replace(build, layers=sorted(unused)))
 
 
 def _problem(image: pb.Image) -> str:

@@ -15,8 +15,10 @@ from emberbox.control.errors import ControlError, NotFound
 from emberbox.control.nodes import Nodes
 from emberbox.control.tokens import SandboxTokens
 from emberbox.settings import Settings
+from emberbox.store import leftovers
+from emberbox.store import templates as template_rows
 from emberbox.store.engine import Store
-from emberbox.store.records import BuildRecord
+from emberbox.store.records import BuildRecord, Leftover
 
 log = structlog.get_logger()
 
@@ -57,24 +59,30 @@ class Plane:
             if broken:
                 self.nodes.look_again(node_id)
 
-    async def delete_on_node(self, build: BuildRecord, layers: list[str]) -> None:
-        """Have the node that holds a build or a snapshot remove it; what is left there is told in the log.
+    async def delete_on_node(self, build: BuildRecord) -> None:
+        """Have the node that holds a build or a snapshot remove it; if it cannot now, when it is seen again.
 
-        Args:
-            layers: digests that no build uses any more.
+        Layers that other builds stand on stay.
         """
-        if not build.node_id:
-            return
+        if build.node_id:
+            await leftovers.add(self.store, build)
+            await self.remove_leftover(Leftover(build.id, build.node_id, build.snapshot_id, build.layers))
+
+    async def remove_leftover(self, left: Leftover) -> None:
+        """Have a node remove what was deleted here."""
         try:
-            node = self.nodes.get(build.node_id)
-            if build.snapshot_id is not None:
-                await node.delete_snapshot(build.snapshot_id)
+            node = self.nodes.get(left.node_id)
+            if left.snapshot_id is not None:
+                await node.delete_snapshot(left.snapshot_id)
             else:
-                await node.delete_build(build.id, layers)
+                unused = await template_rows.unused_layers(self.store, left.layers, but_by=left.build_id)
+                await node.delete_build(left.build_id, sorted(unused))
         except NotFound:
             pass
         except ControlError as error:
-            log.warning("build.left_on_node", build_id=build.id, node_id=build.node_id, reason=error.message)
+            log.warning("build.left_on_node", build_id=left.build_id, node_id=left.node_id, reason=error.message)
+            return
+        await leftovers.removed(self.store, left.build_id)
 
     def written_down(self, sandbox_id: str, node_id: str) -> None:
         """A create or resume is in the store; look at the node again if it has gone on meanwhile."""

@@ -10,7 +10,7 @@ import structlog
 
 from emberbox.control.builds import Builds
 from emberbox.control.clock import now_ms
-from emberbox.control.errors import Conflict, ControlError, Invalid, NodeTooSlow, NodeUnavailable, NotFound
+from emberbox.control.errors import Conflict, ControlError, Invalid, NodeUnavailable, NotFound
 from emberbox.control.limits import check_timeout, key_limit, sandbox_limit
 from emberbox.control.names import DEFAULT_TAG, parse_ref
 from emberbox.control.nodes import Node, fork_failure
@@ -77,7 +77,7 @@ class Snapshots:
             assert build.snapshot_id is not None
             saved = await node.snapshot(sandbox_id, build.snapshot_id, memory=memory)
         except BaseException as error:
-            await asyncio.shield(self._undo(node, build, error))
+            await asyncio.shield(self._undo(build, error))
             if isinstance(error, NotFound):
                 raise sandbox_not_found(sandbox_id) from error
             raise
@@ -98,7 +98,7 @@ class Snapshots:
         )
         if ready is None:
             # Whoever deleted it found nothing on the node yet.
-            await self._plane.delete_on_node(build, [])
+            await self._plane.delete_on_node(build)
             raise Conflict("the snapshot was deleted while it was being made")
         log.info("snapshot.created", sandbox_id=sandbox_id, snapshot_id=template.id, size_bytes=saved.size_bytes)
         return SnapshotView(template, ready, await self._templates.names(template.id), [tag])
@@ -193,28 +193,16 @@ class Snapshots:
             raise Conflict(f"a snapshot named {name!r} is being made; try again in a moment") from error
         return template, build
 
-    async def _undo(self, node: Node, build: BuildRecord, error: BaseException) -> None:
+    async def _undo(self, build: BuildRecord, error: BaseException) -> None:
         """Leave nothing of a snapshot that failed."""
         log.warning("snapshot.failed", sandbox_id=build.source_sandbox_id, reason=str(error))
-        assert build.snapshot_id is not None
-        try:
-            if not isinstance(error, ControlError) or isinstance(error, NodeUnavailable | NodeTooSlow):
-                await node.delete_snapshot(build.snapshot_id)
-        except ControlError as left:
-            if not isinstance(left, NotFound):
-                log.warning("snapshot.left_on_node", snapshot_id=build.snapshot_id, reason=left.message)
         await self._remove_build(build)
+        await self._plane.delete_on_node(build)
 
     async def undo_interrupted(self) -> None:
         """Remove the snapshots that a process which is gone was making, here and on their nodes."""
         for build in await self._builds.interrupted():
-            if build.snapshot_id is None or build.node_id is None:
-                continue
-            try:
-                node = self._plane.nodes.get(build.node_id)
-            except NodeUnavailable:
-                continue  # At the next start.
-            await self._undo(node, build, NodeUnavailable("interrupted by a restart"))
+            await self._undo(build, NodeUnavailable("interrupted by a restart"))
 
     async def _remove_build(self, build: BuildRecord) -> None:
         store = self._plane.store

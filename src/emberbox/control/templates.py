@@ -242,11 +242,11 @@ class Templates:
             if build is None:
                 raise NotFound(f"snapshot {str(ref)!r} not found")
             if len(await rows.builds_page(store, template.id, limit=2)) > 1:
-                await self._gone(*await rows.delete_build(store, build.id))
+                await self._gone(await rows.delete_build(store, build.id))
                 return
         if self.leaving is not None:
             await self.leaving(template.id)
-        await self._gone(*await rows.delete_template(store, template.id))
+        await self._gone(await rows.delete_template(store, template.id))
         log.info("template.deleted", template_id=template.id, team_id=team.id)
 
     async def remove_superseded(self) -> None:
@@ -255,12 +255,12 @@ class Templates:
         if not kept:
             return
         for build in await rows.superseded_builds(self._plane.store, kept=kept, limit=_REMOVED_AT_ONCE):
-            await self._gone(*await rows.delete_build(self._plane.store, build.id))
+            await self._gone(await rows.delete_build(self._plane.store, build.id))
             log.info("build.removed", build_id=build.id, template_id=build.template_id)
 
-    async def _gone(self, builds: list[BuildRecord], unused_layers: set[str]) -> None:
+    async def _gone(self, builds: list[BuildRecord]) -> None:
         for build in builds:
-            await self._plane.delete_on_node(build, sorted(unused_layers.intersection(build.layers)))
+            await self._plane.delete_on_node(build)
 
     async def _find(self, team: TeamRecord, ref: TemplateRef) -> tuple[TemplateRecord, str | None, BuildRecord | None]:
         store = self._plane.store

@@ -7,7 +7,7 @@ from sqlalchemy.engine import Connection
 
 from emberbox.store.engine import Store
 
-HEAD = "0003"
+HEAD = "0004"
 """The newest revision in `migrations/versions`; a test holds the two together."""
 
 _LOCK = 0x656D6265

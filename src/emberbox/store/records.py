@@ -160,6 +160,17 @@ class TeamMetricRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Leftover:
+    """A deleted build or snapshot that its node still has to remove."""
+
+    build_id: str
+    node_id: str
+    snapshot_id: str | None
+    layers: list[str]
+    """What it stood on; other builds may stand on it, too."""
+
+
+@dataclass(frozen=True, slots=True)
 class NodeRecord:
     id: str
     target: str

@@ -148,6 +148,16 @@ template_builds = Table(
     Column("finished_at", BigInteger, nullable=True),
 )
 
+leftovers = Table(
+    "leftovers",
+    metadata,
+    # Builds and snapshots that were deleted here, until their node has removed what it has of them.
+    Column("build_id", String(36), primary_key=True),
+    Column("node_id", String(128), nullable=False, index=True),
+    Column("snapshot_id", String(64), nullable=True),
+    Column("layers", Json, nullable=False),
+)
+
 template_tags = Table(
     "template_tags",
     metadata,

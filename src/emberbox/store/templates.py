@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import and_, bindparam, case, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
+from emberbox.store import leftovers
 from emberbox.store.connection import Connection
 from emberbox.store.engine import Store
 from emberbox.store.errors import DuplicateName
@@ -314,24 +315,22 @@ async def builds_in(store: Store, statuses: Iterable[str], *, team_id: str | Non
         return [BuildRecord(**fields(row)) for row in await connection.execute(query)]
 
 
-async def delete_template(store: Store, template_id: str) -> tuple[list[BuildRecord], set[str]]:
-    """Remove a template and all that is its own.
-
-    Returns:
-        Its builds, and those of their layers that no other build uses.
-    """
+async def delete_template(store: Store, template_id: str) -> list[BuildRecord]:
+    """Remove a template and all that is its own; returns its builds, which are `leftovers` of their nodes now."""
     async with store.write() as connection:
         builds = await _builds(connection, template_builds.c.template_id == template_id)
+        await leftovers.note(store, connection, builds)
         await connection.execute(delete(templates).where(templates.c.id == template_id))
-        return builds, await _unused_layers(connection, builds)
+        return builds
 
 
-async def delete_build(store: Store, build_id: str) -> tuple[list[BuildRecord], set[str]]:
+async def delete_build(store: Store, build_id: str) -> list[BuildRecord]:
     """Remove one build; returns as `delete_template`."""
     async with store.write() as connection:
         builds = await _builds(connection, template_builds.c.id == build_id)
+        await leftovers.note(store, connection, builds)
         await connection.execute(delete(template_builds).where(template_builds.c.id == build_id))
-        return builds, await _unused_layers(connection, builds)
+        return builds
 
 
 async def unused_layers(store: Store, layers: Iterable[str], *, but_by: str) -> set[str]:
@@ -530,12 +529,3 @@ async def _assign(connection: Connection, tags: Sequence[TagRecord]) -> None:
 async def _builds(connection: Connection, condition: Any) -> list[BuildRecord]:
     rows = await connection.execute(select(template_builds).where(condition))
     return [BuildRecord(**fields(row)) for row in rows]
-
-
-async def _unused_layers(connection: Connection, builds: Sequence[BuildRecord]) -> set[str]:
-    candidates = {digest for build in builds for digest in build.layers}
-    if not candidates:
-        return set()
-    for row in await connection.execute(select(template_builds.c.layers)):
-        candidates.difference_update(row.layers)
-    return candidates

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import grpc
 import pytest
 from sqlalchemy import update
 from sqlalchemy.exc import OperationalError
@@ -19,6 +20,7 @@ from emberbox.store.engine import Store
 from emberbox.store.tables import sandboxes, template_builds
 from emberbox.wire import node_pb2 as pb
 from tests.support.control import World, eventually, made_world
+from tests.support.fake_node import Refuse
 
 
 @pytest.fixture
@@ -341,6 +343,37 @@ async def test_a_failed_base_build_is_told(restarted: World) -> None:
 
     assert told["base"]["status"] == "error"
     assert told["base"]["message"] == "no space left"
+
+
+async def test_what_was_deleted_while_its_node_was_away_is_removed_when_it_is_back() -> None:
+    async with made_world() as world, world.serving():
+        await world.ready()
+        registered = (await world.client.post("/v3/templates", json={"name": "mine"})).json()
+        path = f"/v2/templates/{registered['templateID']}/builds/{registered['buildID']}"
+        world.node.build_events[-1].done.image.layers[:] = ["cd" * 32]
+        assert (await world.client.post(path, json={"fromTemplate": "base"})).status_code == 202
+        await eventually(lambda: world.control.builds.load == (0, 0))
+        sandbox_id = (await world.create())["sandboxID"]
+        snapshot = (await world.client.post(f"/sandboxes/{sandbox_id}/snapshots", json={})).json()["snapshotID"]
+
+        async def away(request: Any) -> None:
+            raise Refuse(grpc.StatusCode.UNAVAILABLE, "away")
+
+        world.node.before |= {"DeleteBuild": away, "DeleteSnapshot": away}
+        deleted = [await world.client.delete(f"/templates/{name}") for name in ("mine", snapshot)]
+        left = (list(world.node.deleted_builds), list(world.node.snapshots))
+        world.node.before.clear()
+        world.control.plane.nodes.look_again(world.node.node_id)
+        await eventually(lambda: not world.node.snapshots)
+        await eventually(lambda: bool(world.node.deleted_builds))
+        world.control.plane.nodes.look_again(world.node.node_id)
+        await asyncio.sleep(0.3)
+
+    assert [answer.status_code for answer in deleted] == [204, 204]
+    assert (left[0], len(left[1])) == ([], 1)
+    assert [(each.build_id, list(each.layers)) for each in world.node.deleted_builds] == [
+        (registered["buildID"], ["cd" * 32])
+    ]
 
 
 async def test_an_interrupted_snapshot_is_undone(restarted: World) -> None:
