@@ -72,7 +72,7 @@ class BaseTemplate:
             description = await node.describe()
             current = await self._current(description)
             if current is None:
-                await self._build_and_wait({})
+                await self._build_and_wait({}, "starting")
             elif changed := self._changed(current, description):
                 log.info("base.outdated", build_id=current.id, changed=changed)
                 self.usable = True
@@ -135,7 +135,7 @@ class BaseTemplate:
 
     async def _renew(self, current: BuildRecord, changed: str) -> None:
         try:
-            await self._build_and_wait(current.rates)
+            await self._build_and_wait(current.rates, f"building it again, as {changed} changed")
         except ControlError as error:
             log.error("base.not_renewed", reason=error.message)
             self._startup = Startup(
@@ -147,15 +147,18 @@ class BaseTemplate:
             return
         self._startup = Startup("ready", fraction=1.0)
 
-    async def _build_and_wait(self, rates: Mapping[str, int]) -> None:
+    async def _build_and_wait(self, rates: Mapping[str, int], stage: str) -> None:
         """Build it, or go on with a build of an earlier process.
+
+        Args:
+            stage: what is told until the node tells more.
 
         Raises:
             NodeFailed: the build failed.
         """
         build = await self.build(rates=rates)
         self._build_id = build.id
-        self._startup = Startup("building", "starting")
+        self._startup = Startup("building", stage)
         while build.status in ("waiting", "building"):
             running = self._builds.running(build.id)
             await (asyncio.wait([running]) if running is not None else asyncio.sleep(_LOOK_SECONDS))
