@@ -49,7 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
 
     up = commands.add_parser("up", help="boot the lab; makes its image first when the cache has none")
-    up.add_argument("--suite", default="bookworm", help="Debian release of the lab host (default: %(default)s)")
+    up.add_argument(
+        "--suite",
+        default="bookworm",
+        help="release of Debian or Ubuntu on the lab host: bookworm, trixie or noble (default: %(default)s)",
+    )
     up.add_argument("--bare", action="store_true", help="do not install the working tree")
     up.add_argument("--memory", type=int, default=MEMORY_MB, metavar="MIB")
     up.add_argument("--cpus", type=int, default=2, help="what keeps the second one alive is in ADR 22")

@@ -16,6 +16,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,14 @@ HOST_MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "loop", 
 INSTALL_INPUTS = ("requirements.txt", "requirements-build.txt", "requirements-dev.txt", "agent/go.mod", "agent/go.sum")
 
 AGENT = Path("agent/build/emberd")
+
+# Ubuntu's releases among the suites. Debian does not have Ubuntu's keys.
+UBUNTU = ("noble",)
+UBUNTU_MIRROR = "https://archive.ubuntu.com/ubuntu"
+UBUNTU_KEYS = (
+    "pool/main/u/ubuntu-keyring/ubuntu-keyring_2023.11.28.1_all.deb",
+    "36de43b15853ccae0028e9a767613770c704833f82586f28eb262f0311adb8a8",
+)
 
 # Part of every stage's hash; count it up when a change of this module changes what the stages hold.
 REVISION = "2"
@@ -147,8 +156,7 @@ def _base_stage(cache: Path, suite: str, boot: Path) -> Path:
             "--mode=root",
             "--variant=minbase",
             f"--include={','.join(PACKAGES)}",
-            suite,
-            str(root),
+            *_sources(suite, root, work),
             log=work / "mmdebstrap.log",
         )
         _install_file(root, "usr/lib/emberbox-lab/host-init", _read("host-init.sh"), 0o755)
@@ -163,6 +171,22 @@ def _base_stage(cache: Path, suite: str, boot: Path) -> Path:
             # The machine may reach the package registries through a proxy with a certificate of its own.
             shutil.copy2(_CA_BUNDLE, root / "etc" / "ssl" / "certs" / _CA_BUNDLE.name)
     return stage
+
+
+def _sources(suite: str, root: Path, work: Path) -> list[str]:
+    """mmdebstrap's last arguments: what to make where, from what."""
+    if suite not in UBUNTU:
+        return [suite, str(root)]
+    name, expected = UBUNTU_KEYS
+    package = work / "keys.deb"
+    with urllib.request.urlopen(f"{UBUNTU_MIRROR}/{name}", timeout=60) as answer:
+        package.write_bytes(answer.read())
+    if hashlib.sha256(package.read_bytes()).hexdigest() != expected:
+        raise RecipeError(f"{UBUNTU_MIRROR}/{name} is not the file that was expected")
+    _run("dpkg-deb", "-x", str(package), str(work / "keys"))
+    keyring = work / "keys/usr/share/keyrings/ubuntu-archive-keyring.gpg"
+    lines = [f"deb {UBUNTU_MIRROR} {pocket} main universe" for pocket in (suite, f"{suite}-updates")]
+    return [f"--keyring={keyring}", suite, str(root), *lines]
 
 
 def _tools_stage(cache: Path, base: Path, files: list[Path]) -> Path:

@@ -23,6 +23,9 @@ class NodeView:
     """What a node said about itself and the sandboxes on it."""
 
     runtime: str
+    isolation: str
+    why: str
+    """Why it is this runtime."""
     running: tuple[str, ...]
     """Sandbox IDs."""
     paused: tuple[str, ...]
@@ -43,6 +46,8 @@ def look(settings: Settings, *, timeout: float = 5.0) -> NodeView | None:
 
     return NodeView(
         runtime=description.runtime,
+        isolation=description.isolation,
+        why=description.runtime_why,
         running=in_state(node_pb2.MACHINE_STATE_RUNNING),
         paused=in_state(node_pb2.MACHINE_STATE_PAUSED),
     )

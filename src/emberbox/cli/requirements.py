@@ -88,6 +88,7 @@ def examine(settings: Settings, *, running: bool) -> Iterator[Finding]:
         running: this instance runs, so its ports are rightly in use.
     """
     root = os.geteuid() == 0
+    kvm_finding = Finding("kvm", Verdict.ABSENT, "not tried")
     for requirement in _requirements(settings):
         if running and requirement.name == "ports":
             yield Finding("ports", Verdict.FOUND, "in use by this instance, which runs")
@@ -96,7 +97,22 @@ def examine(settings: Settings, *, running: bool) -> Iterator[Finding]:
                 requirement.name, Verdict.ABSENT, "not tried: trying it needs root", "run `emberbox doctor` as root"
             )
         else:
-            yield requirement.examine(settings)
+            finding = requirement.examine(settings)
+            if finding.name == "kvm":
+                kvm_finding = finding
+            yield finding
+    yield Finding("runtime", Verdict.FOUND, runtime_here(settings, kvm_finding))
+
+
+def runtime_here(settings: Settings, kvm_finding: Finding) -> str:
+    """Which runtime a node takes here and why, for people: the rule of `node.runtimes`, without starting one."""
+    if settings.runtime != "auto":
+        return f"{settings.runtime}, as it is set"
+    if kvm_finding.verdict is not Verdict.FOUND:
+        return f"container, as there is no KVM to use: {kvm_finding.detail}"
+    if not firecracker.present(settings):
+        return "container, as Firecracker is not installed; with `emberbox setup` sandboxes are microVMs"
+    return "firecracker, as a guest kernel boots on this host's KVM"
 
 
 def require(settings: Settings) -> None:

@@ -32,6 +32,7 @@ def collect(settings: Settings) -> dict[str, Any]:
         "api_url": None,
         "sandbox_url": None,
         "runtime": None,
+        "isolation": None,
         "processes": [],
         "sandboxes": None,
     }
@@ -54,6 +55,7 @@ def collect(settings: Settings) -> dict[str, Any]:
         "api_url": used.api_url,
         "sandbox_url": used.edge_url,
         "runtime": view.runtime if view else None,
+        "isolation": view.isolation if view else None,
         "processes": processes,
         "sandboxes": {"running": len(view.running), "paused": len(view.paused)} if view else None,
     }
@@ -70,7 +72,7 @@ def _show(report: dict[str, Any]) -> None:
     facts = {
         "phase": report["phase"],
         "version": report["version"],
-        "runtime": report["runtime"] or "unknown",
+        "runtime": f"{report['runtime']} ({report['isolation']})" if report["runtime"] else "unknown",
         "sandboxes": counts,
         "api": report["api_url"],
         "sandbox traffic": report["sandbox_url"],

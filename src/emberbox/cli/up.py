@@ -13,7 +13,7 @@ from pathlib import Path
 import structlog
 
 from emberbox import __version__
-from emberbox.cli import first_run, requirements
+from emberbox.cli import first_run, node_client, requirements
 from emberbox.cli.certificates import CertificateCopy
 from emberbox.cli.errors import CliError
 from emberbox.cli.exports import print_exports
@@ -105,6 +105,9 @@ class _Instance:
         await asyncio.to_thread(first_run.ensure_key, self._settings, self._state_dir)
         await supervisor.ready(deadline=START_SECONDS * self._settings.time_scale)
         await first_run.ensure_base(self._settings, self._reporter)
+        view = await asyncio.to_thread(node_client.look, self._settings)
+        if view is not None:
+            self._reporter.step(f"runtime {view.runtime}: {view.isolation}; because {view.why}")
         self._set_phase("ready")
         log.info("emberbox.ready", data_dir=str(self._settings.data_dir))
         self._reporter.ready()

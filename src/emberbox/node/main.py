@@ -54,7 +54,8 @@ async def serve(settings: Settings) -> None:
     loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="node"))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    runtime = await choose_runtime(settings)
+    chosen = await choose_runtime(settings)
+    runtime = chosen.runtime
     slots = Slots(settings, taps=runtime.name == "firecracker")
     node = Node(settings, runtime, slots, Disks(settings))
     server = grpc.aio.server(
@@ -66,7 +67,7 @@ async def serve(settings: Settings) -> None:
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ]
     )
-    node_pb2_grpc.add_NodeServicer_to_server(NodeService(node), server)
+    node_pb2_grpc.add_NodeServicer_to_server(NodeService(node, runtime_why=chosen.why), server)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(node.close)
         await node.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 import structlog
 
@@ -13,23 +14,29 @@ from emberbox.settings import Settings
 log = structlog.get_logger("emberbox.node")
 
 
-async def choose_runtime(settings: Settings) -> Runtime:
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    runtime: Runtime
+    why: str
+    """For people, after "because"."""
+
+
+async def choose_runtime(settings: Settings) -> Chosen:
     """Return the runtime that `settings.runtime` names; `auto` takes firecracker where it really works.
 
     Raises:
         Unsupported: the named runtime does not work here; the message says why and what to do.
     """
     if settings.runtime == "container":
-        return await _container(settings)
+        return Chosen(await _container(settings), "it is set")
     if settings.runtime == "firecracker":
-        return await _firecracker(settings)
+        return Chosen(await _firecracker(settings), "it is set")
     try:
-        runtime = await _firecracker(settings)
+        chosen = Chosen(await _firecracker(settings), "a guest kernel boots on this host's KVM")
     except NodeError as error:
-        log.info("runtime.chosen", runtime="container", why=str(error))
-        return await _container(settings)
-    log.info("runtime.chosen", runtime="firecracker")
-    return runtime
+        chosen = Chosen(await _container(settings), str(error))
+    log.info("runtime.chosen", runtime=chosen.runtime.name, why=chosen.why)
+    return chosen
 
 
 async def _container(settings: Settings) -> Runtime:

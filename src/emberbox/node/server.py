@@ -112,8 +112,13 @@ def _fork_result(result: Status | Exception) -> wire.ForkResult:
 class NodeService(node_pb2_grpc.NodeServicer):
     """Answers `proto/node`."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, *, runtime_why: str = "") -> None:
+        """
+        Args:
+            runtime_why: why the node has the runtime it has, for people.
+        """
         self.node = node
+        self._runtime_why = runtime_why
         self._instance_id = uuid.uuid4().hex
 
     @_answers
@@ -124,6 +129,8 @@ class NodeService(node_pb2_grpc.NodeServicer):
         return wire.NodeDescription(
             node_id=node.node_id,
             runtime=node.runtime.name,
+            isolation=node.runtime.capabilities.isolation,
+            runtime_why=self._runtime_why,
             memory_snapshots=node.runtime.capabilities.memory_snapshots,
             version=emberbox.__version__,
             cpu_count=host.cpu_count,

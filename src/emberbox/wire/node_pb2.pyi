@@ -139,6 +139,8 @@ class NodeDescription(_message.Message):
     CPU_ARCHITECTURE_FIELD_NUMBER: _builtins.int
     CPU_MODEL_FIELD_NUMBER: _builtins.int
     SERVICE_INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    ISOLATION_FIELD_NUMBER: _builtins.int
+    RUNTIME_WHY_FIELD_NUMBER: _builtins.int
     BASE_KEY_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     runtime: _builtins.str
@@ -160,6 +162,10 @@ class NodeDescription(_message.Message):
     cpu_model: _builtins.str
     service_instance_id: _builtins.str
     """new at every start of the node process"""
+    isolation: _builtins.str
+    """of the runtime, in a line for people"""
+    runtime_why: _builtins.str
+    """why it is this runtime, for people; after "because" """
     base_key: _builtins.str
     """changes with everything that a build of the recipe `base` would be made of here"""
     @_builtins.property
@@ -187,11 +193,13 @@ class NodeDescription(_message.Message):
         cpu_architecture: _builtins.str = ...,
         cpu_model: _builtins.str = ...,
         service_instance_id: _builtins.str = ...,
+        isolation: _builtins.str = ...,
+        runtime_why: _builtins.str = ...,
         base_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_key", b"base_key", "cpu_architecture", b"cpu_architecture", "cpu_count", b"cpu_count", "cpu_model", b"cpu_model", "cpu_used_percent", b"cpu_used_percent", "creates_failed", b"creates_failed", "creates_succeeded", b"creates_succeeded", "disk_bytes", b"disk_bytes", "disk_free_bytes", b"disk_free_bytes", "layers", b"layers", "machines_running", b"machines_running", "machines_starting", b"machines_starting", "memory_bytes", b"memory_bytes", "memory_snapshots", b"memory_snapshots", "memory_used_bytes", b"memory_used_bytes", "node_id", b"node_id", "runtime", b"runtime", "service_instance_id", b"service_instance_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_key", b"base_key", "cpu_architecture", b"cpu_architecture", "cpu_count", b"cpu_count", "cpu_model", b"cpu_model", "cpu_used_percent", b"cpu_used_percent", "creates_failed", b"creates_failed", "creates_succeeded", b"creates_succeeded", "disk_bytes", b"disk_bytes", "disk_free_bytes", b"disk_free_bytes", "isolation", b"isolation", "layers", b"layers", "machines_running", b"machines_running", "machines_starting", b"machines_starting", "memory_bytes", b"memory_bytes", "memory_snapshots", b"memory_snapshots", "memory_used_bytes", b"memory_used_bytes", "node_id", b"node_id", "runtime", b"runtime", "runtime_why", b"runtime_why", "service_instance_id", b"service_instance_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

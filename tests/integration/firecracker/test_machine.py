@@ -395,6 +395,45 @@ async def test_a_machine_saved_many_times_keeps_a_short_chain(
     await machine.destroy()
 
 
+async def test_a_machine_that_is_paused_and_resumed_quickly_keeps_a_bounded_chain(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(firecracker_machine, "_MOST_PIECES", 4)
+    last = await saved_machine(runtime, new_spec("m0"), tmp_path / "saved")
+    lengths = []
+    for number in range(8):
+        machine = await runtime.restore(new_spec(f"m{number + 1}"), last)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        await machine.pause()
+        last = await machine.save(folder, memory=True, final=True)
+        await machine.destroy()
+        manifest = snapshots.read_manifest(folder)
+        lengths.append(len(manifest.pieces))
+        snapshots.verify(folder, manifest, snapshots.Trusted("another boot"))
+        assert {path.name for path in folder.glob("memory.*")} == {piece.name for piece in manifest.pieces}
+
+    assert max(lengths) == 4
+    assert 2 in lengths
+    restored = await runtime.restore(new_spec("last"), last)
+    assert await restored.alive()
+    await restored.destroy()
+
+
+async def test_a_console_that_the_guest_floods_is_cut(runtime: FirecrackerRuntime, new_spec: NewSpec) -> None:
+    spec = new_spec()
+    machine = await runtime.start(spec)
+    console = spec.directory / "jail" / "console.log"
+    with console.open("ab") as file:
+        file.write(b"x" * (2 << 20))
+
+    async with asyncio.timeout(60):
+        while console.stat().st_size > 1 << 20:
+            await asyncio.sleep(0.2)
+
+    await machine.destroy()
+
+
 async def test_clones_share_one_memory_file_and_run_at_once(
     runtime: FirecrackerRuntime, new_spec: NewSpec, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ NOT_LINKED = (errno.EXDEV, errno.EMLINK, errno.EPERM)
 
 # Firecracker's own memory beside the guest's: code, device buffers, page tables, and the page cache of its files.
 _OVERHEAD_MB = 128
+_CONSOLE_BYTES = MIB
 _CPU_PERIOD_US = 100_000
 _MOUNTED = Path("/proc/self/mountinfo")
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -190,6 +191,12 @@ class Jail:
             for file in (folder / name for folder in self.cgroups()):
                 if file.exists():  # on version 1 each controller has its own hierarchy
                     file.write_text(value)
+
+    def cut_console(self) -> None:
+        """Keep the console file small. Firecracker appends to it, so what it prints next lands at the new end."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.console.stat().st_size > _CONSOLE_BYTES:
+                os.truncate(self.console, 0)
 
     def last_words(self, size: int = 2000) -> str:
         """Return the end of what Firecracker and the guest's kernel printed."""

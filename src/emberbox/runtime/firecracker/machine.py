@@ -30,9 +30,10 @@ NAME = "firecracker"
 UPPER = "upper"
 """The drive that the guest writes."""
 _END_SECONDS = 10.0
-_CONSOLE_LIMIT = MIB
 _LONGEST_CHAIN = 4
 """Pieces of memory behind a running machine; the changes among more are merged, off every request's path."""
+_MOST_PIECES = 12
+"""A save that makes more merges them itself: of a machine that never runs as long as `shorten_soon` waits."""
 _SHORTEN_AFTER_SECONDS = 3.0
 """The request that made the chain long, a fork's above all, still has work to do that merging would slow down."""
 
@@ -291,6 +292,8 @@ class MicroVM:
         # First: while ext4 finds places for what is not on the disk yet, Linux before 6.9 may call it a hole.
         snapshots.flush(into, name)
         pieces = (*below, snapshots.Piece(name, sparse.checksum(into / name)))
+        if len(pieces) > _MOST_PIECES:
+            pieces = snapshots.merge_changes(into, pieces)
         snapshots.Manifest(
             firecracker=self._version,
             cpu_count=self.spec.limits.cpu_count,
@@ -299,7 +302,7 @@ class MicroVM:
             pieces=pieces,
             state_checksum=sparse.checksum(into / snapshots.STATE),
         ).write(into)
-        self._trusted.add(into / name, pieces[-1].checksum)
+        self._trusted.add(into / pieces[-1].name, pieces[-1].checksum)
         if not final:
             self._chain.replace(pieces, into)
 
@@ -311,7 +314,6 @@ class MicroVM:
         self._jail.remove()
 
     def _read_stats(self) -> Stats:
-        _cut(self._jail.console)
         total = self.spec.limits.memory_mb * MIB
         return Stats(
             cpu_seconds=_cpu_seconds(self._identity.pid),
@@ -331,15 +333,6 @@ def buckets(rates: Rates) -> tuple[RateLimit | None, RateLimit | None]:
         RateLimit(size, refill_ms=1000) if size else None,
         RateLimit(operations, refill_ms=1000) if operations else None,
     )
-
-
-def _cut(console: Path) -> None:
-    """Keep the console file small. Firecracker appends to it, so what it prints next lands at the new end."""
-    try:
-        if console.stat().st_size > _CONSOLE_LIMIT:
-            os.truncate(console, 0)
-    except FileNotFoundError:
-        return
 
 
 def _cpu_seconds(pid: int) -> float:

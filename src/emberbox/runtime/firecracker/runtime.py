@@ -30,6 +30,7 @@ log = structlog.get_logger(__name__)
 
 _PR_SET_THP_DISABLE = 41
 _END_SECONDS = 10.0
+_CONSOLE_SECONDS = 5.0
 _MERGE_AFTER_SECONDS = 2.0
 """A machine that is resumed at once, or ended at once, is spared the work."""
 _SPARE_LIMITS = Limits(cpu_count=1, memory_mb=0, disk_size_mb=0)
@@ -103,7 +104,9 @@ class FirecrackerRuntime:
             FirecrackerError: a part is missing; says which and what to do.
         """
         _refuse_missing_parts(settings.binaries)
-        return cls(settings, await _version(settings.binaries.firecracker))
+        runtime = cls(settings, await _version(settings.binaries.firecracker))
+        runtime._in_background(runtime._tend_consoles(), name="consoles")
+        return runtime
 
     # ---- the protocol ----
 
@@ -213,6 +216,18 @@ class FirecrackerRuntime:
         held = self._spares.pop(machine_id, None)
         if held is not None:
             await to_thread_whole(_end, held)
+
+    # ---- consoles ----
+
+    async def _tend_consoles(self) -> None:
+        """Cut what has grown too long, of spares and machines that build as well: root in a guest writes there."""
+        while True:
+            await asyncio.sleep(_CONSOLE_SECONDS)
+            await asyncio.to_thread(self._cut_consoles)
+
+    def _cut_consoles(self) -> None:
+        for base in self.settings.machines_dir.glob("*/jail"):
+            Jail(base.parent.name, base, user=0, cgroup_parent=self.settings.binaries.cgroup_parent).cut_console()
 
     # ---- saved machines ----
 

@@ -233,6 +233,14 @@ def merge_pieces(folder: Path, pieces: tuple[Piece, ...], into: Path) -> Piece:
     return piece
 
 
+def merge_changes(folder: Path, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+    """Return `pieces` with all that lie over the first made one, in `folder`, where the others are no longer."""
+    merged = merge_pieces(folder, pieces[1:], folder)
+    for piece in pieces[1:]:
+        (folder / piece.name).unlink()
+    return (pieces[0], merged)
+
+
 def number_of(piece: Piece) -> int:
     """Return the N of `memory.N`, and of `memory.Nm`, in which the pieces up to N are merged."""
     return int(piece.name.partition(".")[2].removesuffix("m"))
