@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 from e2b import Sandbox
 
-NewSandbox = Callable[[], Sandbox]
-InLab = Callable[[str], str]
-PATIENCE = 450.0
-
-
-def run(sandbox: Sandbox, command: str, user: str = "user") -> str:
-    return sandbox.commands.run(command, user=user, timeout=PATIENCE, request_timeout=PATIENCE).stdout.strip()
+from tests.lab.support import PATIENCE, InLab, NewSandbox, run
 
 
 def machines(in_lab: InLab) -> int:

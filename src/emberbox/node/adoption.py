@@ -78,7 +78,10 @@ async def _adopt(machines: Machines, sandbox: Sandbox, record: SandboxRecord) ->
     if record.state is State.PAUSED:
         facts = SavedFacts(machines.hosting.runtime.name, record.upper, False, record.machine.facts)
         sandbox.record = replace(record, memory_kept=False, machine=None, saved=facts)
-        await machines.records.write(sandbox.record)
+        try:
+            await machines.records.write(sandbox.record)
+        except OSError as error:  # a full disk; the next start finds the same
+            log.error("sandbox.not_written", sandbox_id=record.sandbox_id, error=str(error))
         log.warning("sandbox.memory_lost", sandbox_id=record.sandbox_id)
     elif record.boot_id != machines.boot_id:
         await _lose(machines, sandbox, record, EndReason.LOST, "the host was restarted while the sandbox ran")

@@ -25,7 +25,7 @@ from urllib.parse import urlencode
 
 import httptools
 
-from emberbox.node.errors import AgentBusy, AgentFailure, AgentTooSlow
+from emberbox.node.errors import AgentBusy, AgentFailure, AgentTooLong, AgentTooSlow
 from emberbox.node.tasks import finish
 
 AGENT_PORT = 49983
@@ -40,11 +40,15 @@ _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.001, 0.02
 _READ_BYTES = 64 * 1024
 _UPLOAD_BYTES = 1024 * 1024
 _END_OF_STREAM = 0x02
-_MOST_ANSWER_BYTES = 32 * 1024 * 1024
-_MOST_FRAME_BYTES = 4 * 1024 * 1024
+_MOST_ANSWER_BYTES = 256 * 1024
+_MOST_FRAME_BYTES = 256 * 1024
 _MOST_SILENT_BYTES = 256 * 1024
-"""The machine's root may answer in the agent's place, and without end. In a head, or between parts of a body."""
+"""The machine's root may answer in the agent's place, without end, and with what takes long to read: a MiB of JSON may
+take a quarter of a second, in which nobody else has a turn. The last is for a head, or between parts of a body."""
 _BUSY = 503
+_MOST_FIELDS, _MOST_TEXT, _MOST_WORD = 32, 4096, 64
+"""Of a log entry; the agent keeps itself to less."""
+_MOST_NUMBER = 2**53
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +140,20 @@ class Agent:
                 await asyncio.sleep(_THAW_PAUSE)
 
     async def logs(self, after: int, limit: int) -> list[AgentLog]:
-        """Return up to `limit` log entries whose `seq` is greater than `after`, oldest first."""
+        """Return up to `limit` log entries whose `seq` is greater than `after`, oldest first.
+
+        Raises:
+            AgentTooLong: fewer must be asked for. Ten are never too long.
+            AgentFailure: the agent does not answer, or not with a log.
+        """
         target = f"/logs?{urlencode({'cursor': after, 'limit': limit})}"
         answer = await self._control("GET", target, expect=(200,))
         try:
             found = json.loads(answer.body)
             entries = found["entries"] if isinstance(found, dict) else found
             return [_log_entry(entry) for entry in entries or ()]
-        except (ValueError, KeyError, TypeError) as error:
-            raise AgentFailure(f"the agent's log could not be read: {error}") from error
+        except Exception as error:  # what a guest may think of has no end
+            raise AgentFailure(f"the agent's log could not be read: {error or type(error).__name__}") from error
 
     async def start_command(self, command: str, *, user: str, workdir: str, token: str, tag: str) -> None:
         """Start a shell command that goes on after this call, as a login shell of `user`."""
@@ -161,8 +170,8 @@ class Agent:
             async with asyncio.timeout(timeout + 2 * self._scale):
                 async for event in self._start(command, user=user, workdir=workdir, token=token, headers=limit):
                     if "end" in event:
-                        end = event["end"]
-                        return int(end.get("exitCode", 0)) if end.get("exited") else -1
+                        end = _process_end(event)
+                        return end.exit_code if end.exited else -1
         except TimeoutError:
             return -1
         raise AgentFailure(f"the agent did not tell how the command {command!r} ended")
@@ -186,11 +195,10 @@ class Agent:
         async with aclosing(events):
             async for event in events:
                 for name in ("stdout", "stderr"):
-                    if encoded := event.get("data", {}).get(name):
-                        yield ProcessOutput(name, base64.b64decode(encoded))
+                    if encoded := _part(event, "data").get(name):
+                        yield ProcessOutput(name, _decoded(encoded))
                 if "end" in event:
-                    end = event["end"]
-                    yield ProcessEnd(int(end.get("exitCode", 0)), bool(end.get("exited")), str(end.get("status", "")))
+                    yield _process_end(event)
                     return
 
     async def upload(self, source: int, size: int, path: str) -> None:
@@ -342,13 +350,14 @@ class Agent:
                     _refuse_more_than(_MOST_FRAME_BYTES, length)
                     if len(buffer) < 5 + length:
                         break
-                    event = json.loads(buffer[5 : 5 + length] or b"{}")
+                    event = _parsed(bytes(buffer[5 : 5 + length]))
                     del buffer[: 5 + length]
                     if flags & _END_OF_STREAM:
-                        if "error" in event:
-                            raise AgentFailure(f"the agent could not run {command!r}: {event['error'].get('message')}")
+                        if refusal := _part(event, "error"):
+                            raise AgentFailure(f"the agent could not run {command!r}: {refusal.get('message')}")
                     else:
-                        yield event.get("event", {})
+                        yield _part(event, "event")
+                    await asyncio.sleep(0)
             if reader.status != 200:
                 said = buffer.decode(errors="replace")[:300]
                 raise AgentFailure(f"the agent answered {reader.status} to a command: {said}")
@@ -415,9 +424,43 @@ class Agent:
                 _refuse_more_than(_MOST_SILENT_BYTES, silent)
 
 
+def _parsed(data: bytes) -> dict[str, Any]:
+    """A frame's JSON object; the guest may have sent anything."""
+    try:
+        found = json.loads(data or b"{}")
+    except (ValueError, RecursionError) as error:
+        raise AgentFailure(f"the agent sent what is no event: {error}") from error
+    if not isinstance(found, dict):
+        raise AgentFailure("the agent sent what is no event")
+    return found
+
+
+def _part(event: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object within an event; empty when there is none."""
+    found = event.get(name) or {}
+    if not isinstance(found, dict):
+        raise AgentFailure(f"the agent sent an event whose {name!r} is no object")
+    return found
+
+
+def _decoded(encoded: Any) -> bytes:
+    try:
+        return base64.b64decode(encoded)
+    except (ValueError, TypeError) as error:
+        raise AgentFailure(f"the agent sent output that is not base64: {error}") from error
+
+
+def _process_end(event: dict[str, Any]) -> ProcessEnd:
+    end = _part(event, "end")
+    code = end.get("exitCode", 0)
+    if not isinstance(code, int) or not -_MOST_NUMBER < code < _MOST_NUMBER:
+        raise AgentFailure("the agent sent an exit code that is no number")
+    return ProcessEnd(code, bool(end.get("exited")), str(end.get("status", ""))[:_MOST_TEXT])
+
+
 def _refuse_more_than(most: int, size: int) -> None:
     if size > most:
-        raise AgentFailure(f"the agent's answer is longer than {most} bytes")
+        raise AgentTooLong(f"the agent's answer is longer than {most} bytes")
 
 
 class _Reader:
@@ -445,15 +488,21 @@ class _Reader:
 
 
 def _log_entry(entry: dict[str, Any]) -> AgentLog:
-    fields = entry.get("fields") or {}
+    fields = dict(list((entry.get("fields") or {}).items())[:_MOST_FIELDS])
     if logger := entry.get("logger"):
         fields = {"logger": logger, **fields}
+    seq, timestamp_ms = int(entry["seq"]), _milliseconds(entry["timestamp"])
+    if not 0 <= seq < _MOST_NUMBER or not 0 <= timestamp_ms < _MOST_NUMBER:
+        raise ValueError("a number is out of range")
     return AgentLog(
-        seq=int(entry["seq"]),
-        timestamp_ms=_milliseconds(entry["timestamp"]),
-        level=str(entry.get("level", "info")),
-        message=str(entry.get("message", "")),
-        fields={str(key): value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()},
+        seq=seq,
+        timestamp_ms=timestamp_ms,
+        level=str(entry.get("level", "info"))[:_MOST_WORD],
+        message=str(entry.get("message", ""))[:_MOST_TEXT],
+        fields={
+            str(key)[:_MOST_WORD]: (value if isinstance(value, str) else json.dumps(value))[:_MOST_TEXT]
+            for key, value in fields.items()
+        },
     )
 
 

@@ -78,6 +78,10 @@ class AgentBusy(AgentFailure):
     """It does what must be done first. INTERNAL."""
 
 
+class AgentTooLong(AgentFailure):
+    """The agent's answer is longer than it may be."""
+
+
 class AgentTooSlow(AgentFailure):
     """It did not answer in time: what was asked for may still be done. INTERNAL."""
 

@@ -17,7 +17,7 @@ from typing import Any
 import structlog
 
 from emberbox.node.agent import Agent, AgentLog
-from emberbox.node.errors import AgentFailure, NoSuchSandbox
+from emberbox.node.errors import AgentFailure, AgentTooLong, NoSuchSandbox
 from emberbox.node.model import now_ms
 
 log = structlog.get_logger("emberbox.node")
@@ -25,7 +25,11 @@ log = structlog.get_logger("emberbox.node")
 LEVELS = ("debug", "info", "warn", "error")
 
 _BOUND_BYTES = 2 * 1024 * 1024
-_BATCH = 1000
+_BATCH, _SMALL_BATCH = 100, 10
+_MOST_BATCHES = 600
+"""In one go: more than an honest agent keeps."""
+_MOST_ENDED_BYTES = 1024 * 1024 * 1024
+"""For the logs of sandboxes that have ended: a team that makes many which log much must not fill the disk."""
 _COLLECT_SECONDS = 1.0
 
 
@@ -62,29 +66,45 @@ class SandboxLogs:
         """Append what the agent logged since the last time. An agent that does not answer is let be."""
         async with self._locks.setdefault(sandbox_id, asyncio.Lock()):
             cursor, known_ms = self._cursors.get(sandbox_id), 0
-            if cursor is None:
-                seq = await asyncio.to_thread(self._last_seq, sandbox_id, agent)
-                cursor = self._cursors[sandbox_id] = _Cursor(agent, seq)
-            elif cursor.agent is not agent:  # another machine, whose log begins anew
-                cursor = self._cursors[sandbox_id] = _Cursor(agent, 0, cursor.last_ms)
-                known_ms = cursor.last_ms
             try:
+                if cursor is None:
+                    seq = await asyncio.to_thread(self._last_seq, sandbox_id, agent)
+                    cursor = self._cursors[sandbox_id] = _Cursor(agent, seq)
+                elif cursor.agent is not agent:  # another machine, whose log begins anew
+                    cursor = self._cursors[sandbox_id] = _Cursor(agent, 0, cursor.last_ms)
+                    known_ms = cursor.last_ms
                 async with asyncio.timeout(_COLLECT_SECONDS):
-                    while entries := await agent.logs(cursor.seq, _BATCH):
-                        lines = [_line(entry, agent) for entry in entries if entry.timestamp_ms > known_ms]
-                        if lines:
-                            await asyncio.to_thread(self._append, sandbox_id, lines)
-                        cursor.seq, cursor.last_ms = entries[-1].seq, entries[-1].timestamp_ms
-                        if len(entries) < _BATCH:
+                    for _ in range(_MOST_BATCHES):
+                        if not await self._collect_batch(sandbox_id, agent, cursor, known_ms):
                             break
-            except (AgentFailure, TimeoutError) as error:
+            except (AgentFailure, TimeoutError, OSError) as error:
                 log.debug("logs.not_collected", sandbox_id=sandbox_id, error=str(error))
 
+    async def _collect_batch(self, sandbox_id: str, agent: Agent, cursor: _Cursor, known_ms: int) -> bool:
+        """Append the next entries; returns whether there may be more."""
+        asked = _BATCH
+        try:
+            entries = await agent.logs(cursor.seq, asked)
+        except AgentTooLong:
+            asked = _SMALL_BATCH
+            entries = await agent.logs(cursor.seq, asked)
+        if not entries:
+            return False
+        lines = [_line(entry, agent) for entry in entries if entry.timestamp_ms > known_ms]
+        if lines:
+            await asyncio.to_thread(self._append, sandbox_id, lines)
+        went_on = entries[-1].seq > cursor.seq
+        cursor.seq, cursor.last_ms = entries[-1].seq, entries[-1].timestamp_ms
+        return went_on and len(entries) == asked
+
     async def note(self, sandbox_id: str, level: str, message: str) -> None:
-        """Append an entry of the node's own."""
+        """Append an entry of the node's own, unless the disk is full."""
         line = {"timestamp": now_ms(), "level": level, "message": message, "fields": {"logger": "node"}}
         async with self._locks.setdefault(sandbox_id, asyncio.Lock()):
-            await asyncio.to_thread(self._append, sandbox_id, [json.dumps(line)])
+            try:
+                await asyncio.to_thread(self._append, sandbox_id, [json.dumps(line)])
+            except OSError as error:
+                log.error("logs.not_noted", sandbox_id=sandbox_id, message=message, error=str(error))
 
     def ended(self, sandbox_id: str) -> None:
         """The sandbox is gone; its file stays for `keep_seconds`."""
@@ -102,7 +122,8 @@ class SandboxLogs:
         return await asyncio.to_thread(self._read, sandbox_id, cursor_ms, limit, backward, level, search)
 
     async def remove_old(self, keep: frozenset[str]) -> None:
-        """Remove the files of sandboxes other than `keep` that were last written `keep_seconds` ago."""
+        """Remove the files of sandboxes other than `keep` that were last written `keep_seconds` ago, and the oldest of
+        them where all together are too many."""
         await asyncio.to_thread(self._remove_old, keep)
 
     # ---- files; these block
@@ -166,8 +187,15 @@ class SandboxLogs:
 
     def _remove_old(self, keep: frozenset[str]) -> None:
         oldest = time.time() - self._keep_seconds
-        for path in self._directory.iterdir():
-            if path.name.partition(".")[0] not in keep and path.stat().st_mtime < oldest:
+        ended = [
+            (path.stat().st_mtime, path.stat().st_size, path)
+            for path in self._directory.iterdir()
+            if path.name.partition(".")[0] not in keep
+        ]
+        size = 0
+        for written, bytes_, path in sorted(ended, reverse=True):
+            size += bytes_
+            if written < oldest or size > _MOST_ENDED_BYTES:
                 path.unlink(missing_ok=True)
 
 

@@ -395,6 +395,14 @@ class Machines:
         if record is None:
             self._forget(sandbox)
             return
+        try:
+            await self._write_end(sandbox, record, hosted, reason, message)
+        finally:  # nobody else ends the machine
+            await self._remove(sandbox, record, hosted, told=reason is EndReason.TIMED_OUT)
+
+    async def _write_end(
+        self, sandbox: Sandbox, record: SandboxRecord, hosted: Hosted | None, reason: EndReason | None, message: str
+    ) -> None:
         if hosted is not None and record.state is State.RUNNING and reason is not EndReason.DIED:
             await self.logs.collect(sandbox.sandbox_id, hosted.agent)
         if reason is None:
@@ -404,9 +412,16 @@ class Machines:
         else:
             await self.keep_end(sandbox, record, reason, message)
         log.info("sandbox.ended", sandbox_id=sandbox.sandbox_id, reason=reason or EndReason.KILLED, message=message)
+
+    async def _remove(self, sandbox: Sandbox, record: SandboxRecord, hosted: Hosted | None, *, told: bool) -> None:
+        """End the machine and remove what there is of the sandbox.
+
+        Args:
+            told: wait first until its end is known.
+        """
         await sandbox.left()
         if hosted is not None:
-            if reason is EndReason.TIMED_OUT:
+            if told:
                 await self._until_acknowledged(sandbox)
             await self.hosting.end(hosted)
         elif record.upper:
@@ -423,7 +438,8 @@ class Machines:
                 await sandbox.acknowledged.wait()
 
     async def keep_end(self, sandbox: Sandbox, record: SandboxRecord, reason: EndReason, message: str) -> None:
-        """Write and report that a sandbox ended by itself."""
+        """Write and report that a sandbox ended by itself. A full disk does not keep it: the next node process finds
+        that its machine is gone."""
         ended = replace(
             record,
             state=State.ENDED,
@@ -438,7 +454,11 @@ class Machines:
             env_vars={},
             access_token="",
         )
-        await self.store(sandbox, ended)
+        try:
+            await self.store(sandbox, ended)
+        except OSError as error:
+            log.error("sandbox.end_not_written", sandbox_id=sandbox.sandbox_id, error=str(error))
+            sandbox.record = ended
         self.events.publish(sandbox.status())
 
     async def acknowledge(self, sandbox_ids: list[str]) -> None:
@@ -511,8 +531,8 @@ class Machines:
                 await sandbox.operate(pause)
         except (NoSuchSandbox, WrongState):
             return
-        except (NodeError, RuntimeFailure, OSError) as error:
-            log.error("sandbox.pause_failed", sandbox_id=sandbox.sandbox_id, error=str(error))
+        except Exception as error:
+            log.error("sandbox.pause_failed", sandbox_id=sandbox.sandbox_id, exc_info=error)
             if not sandbox.ending:
                 self.deadlines.set(sandbox.sandbox_id, now_ms() + 5_000)
 

@@ -72,7 +72,10 @@ class Metrics:
         while True:
             due = max(due + INTERVAL_SECONDS, loop.time() + INTERVAL_SECONDS / 2)
             await asyncio.sleep(due - loop.time())
-            await self.sample()
+            try:
+                await self.sample()
+            except Exception:  # of one pass; the next one comes
+                log.exception("metrics.failed")
 
     async def sample(self) -> None:
         """Take one sample of everything and publish it."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 
@@ -51,6 +52,9 @@ class FakeAgent:
         self.stall_init.set()
         self.init_reached = asyncio.Event()
         self.entries: list[dict[str, Any]] = []
+        self.longest_page = 1000
+        self.repeats = False
+        """Its log begins anew with every page."""
         self.ready_after = 0
         self._server: asyncio.Server | None = None
 
@@ -91,8 +95,12 @@ class FakeAgent:
             self.inits.append(json.loads(body))
             return 204, b""
         if route == "/logs":
-            cursor = int(query.partition("cursor=")[2].partition("&")[0])
-            return 200, json.dumps({"entries": [e for e in self.entries if e["seq"] > cursor]}).encode()
+            asked = parse_qs(query)
+            cursor, limit = int(asked["cursor"][0]), int(asked["limit"][0])
+            if limit > self.longest_page:
+                return 200, b" " * 300_000
+            page = [e for e in self.entries if e["seq"] > cursor or self.repeats][:limit]
+            return 200, json.dumps({"entries": page}).encode()
         if route == "/process.Process/Start":
             if self.refuse_commands:
                 return 503, b"no processes here"

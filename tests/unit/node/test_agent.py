@@ -140,11 +140,55 @@ async def test_a_log_in_chunks_is_read_whole(answers: Answers) -> None:
     assert b"GET /logs?cursor=2&limit=10 " in requests[0]
 
 
-async def test_a_damaged_log_is_a_failure(answers: Answers) -> None:
-    agent, _ = await answers(*chunked(b'{"entries": [{"seq": "x"}]}'))
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"entries": [{"seq": "x"}]}',
+        b'["x"]',
+        b"7",
+        b"[" * 100_000,
+        b'[{"seq": 1e999, "timestamp": 1}]',
+        b'[{"seq": 99999999999999999999, "timestamp": 1}]',
+        b'[{"seq": 1, "timestamp": -5}]',
+        b'[{"seq": 1, "timestamp": 1, "fields": ["a"]}]',
+    ],
+)
+async def test_a_damaged_log_is_a_failure(answers: Answers, body: bytes) -> None:
+    agent, _ = await answers(*chunked(body))
 
     with pytest.raises(AgentFailure, match="could not be read"):
         await agent.logs(0, 10)
+
+
+async def test_a_log_entry_is_cut_to_a_sane_size(answers: Answers) -> None:
+    entry = {"seq": 3, "timestamp": 1, "message": "m" * 100_000, "fields": {"a" * 100: "x" * 5000}}
+    agent, _ = await answers(*chunked(json.dumps([entry]).encode()))
+
+    (found,) = await agent.logs(2, 10)
+
+    assert len(found.message) == 4096
+    assert [(len(key), len(value)) for key, value in found.fields.items()] == [(64, 4096)]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        [],
+        {"event": [1]},
+        {"event": {"end": [1]}},
+        {"event": {"end": {"exitCode": "x", "exited": True}}},
+        {"event": {"end": {"exitCode": 1e300, "exited": True}}},
+        {"event": {"data": [1]}},
+        {"event": {"data": {"stdout": 7}}},
+        {"event": {"data": {"stdout": "a"}}},
+    ],
+)
+async def test_an_event_that_is_none_is_a_failure(answers: Answers, message: Any) -> None:
+    agent, _ = await answers(*chunked(frame(message)))
+
+    with pytest.raises(AgentFailure):
+        async for _event in agent.stream(["true"], user="user", timeout=60):
+            pass
 
 
 async def test_a_commands_end_is_found_in_frames_cut_anywhere(answers: Answers) -> None:
@@ -245,7 +289,7 @@ async def test_others_have_their_turn_while_an_answer_comes(flood: Any) -> None:
         await agent.logs(0, 1000)
     other.cancel()
 
-    assert turns > 100
+    assert turns >= 4  # one for each part that came
 
 
 async def test_a_thaw_waits_for_the_freeze_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:

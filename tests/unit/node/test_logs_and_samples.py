@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from emberbox.node.errors import NoSuchSandbox
+from emberbox.node.model import EndReason, State
+from tests.unit.node.conftest import until
 
 
 def entry(seq: int, message: str, level: str = "info") -> dict[str, Any]:
@@ -54,6 +56,79 @@ async def test_a_restarted_node_goes_on_where_it_stopped(make_world: Any) -> Non
     await world.node.collect_logs("s1")
 
     assert await read(world) == ["one", "two"]
+
+
+async def test_a_page_that_is_too_long_is_asked_for_in_smaller_ones(make_world: Any) -> None:
+    world = await make_world()
+    await world.create("s1")
+    agent = world.runtime.of(world.node, "s1").agent
+    agent.entries = [entry(number, f"{number}") for number in range(1, 51)]
+    agent.longest_page = 20
+
+    await world.node.collect_logs("s1")
+
+    assert await read(world) == [f"{number}" for number in range(1, 51)]
+
+
+async def test_an_agent_whose_log_never_ends_is_left_alone_after_a_while(make_world: Any) -> None:
+    world = await make_world()
+    await world.create("s1")
+    agent = world.runtime.of(world.node, "s1").agent
+    agent.entries = [entry(1, "again")] * 100
+    agent.repeats = True
+
+    await world.node.collect_logs("s1")
+
+    assert len(await read(world, limit=1000)) == 200
+
+
+async def test_the_oldest_logs_of_ended_sandboxes_go_when_there_are_too_many(
+    make_world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emberbox.node.logs._MOST_ENDED_BYTES", 2500)
+    world = await make_world()
+    folder = world.node.directory / "logs"
+    for number in range(4):
+        (folder / f"s{number}.jsonl").write_text("x" * 1000)
+        stamp = time.time() - 100 + number
+        os.utime(folder / f"s{number}.jsonl", (stamp, stamp))
+
+    await world.node.logs.remove_old(frozenset({"s0"}))
+
+    assert sorted(path.name for path in folder.iterdir()) == ["s0.jsonl", "s2.jsonl", "s3.jsonl"]
+
+
+@pytest.mark.parametrize("broken", ["log", "record"])
+async def test_a_disk_that_cannot_be_written_does_not_keep_a_machine(
+    make_world: Any, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    world = await make_world()
+    await world.create("s1")
+    await world.create("s2")
+    for name in ("s1", "s2"):
+        world.runtime.of(world.node, name).agent.entries = [entry(1, "x")]
+
+    def full(*_args: Any, **_options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if broken == "log":
+        monkeypatch.setattr(type(world.node.logs), "_append", full)
+        await world.node.machines.kill("s1")
+    else:
+        monkeypatch.setattr("emberbox.node.records.write_file", full)
+        monkeypatch.setattr("pathlib.Path.unlink", full)
+        with pytest.raises(OSError, match="No space"):
+            await world.node.machines.kill("s1")
+        monkeypatch.undo()
+        monkeypatch.setattr("emberbox.node.records.write_file", full)
+        await world.node.machines.kill("s1")
+    of_others = {world.runtime.of(world.node, "s2").spec.machine_id}
+    await until(lambda: "s1" not in world.node.machines.sandboxes)
+    await world.node.machines._end(world.node.machines.sandboxes["s2"], EndReason.TIMED_OUT)
+    await world.node.metrics.sample()
+
+    assert not of_others & set(world.runtime.machines)
+    assert world.node.machines.sandboxes["s2"].status().state is State.ENDED
 
 
 async def test_logs_stay_after_the_end_for_their_time(make_world: Any) -> None:

@@ -23,6 +23,8 @@ from emberbox.runtime.errors import RuntimeFailure
 _UPLOAD_SECONDS = 1800.0
 _SHORT_SECONDS = 120.0
 _FLUSH_SECONDS = 600.0
+_LINES_AT_ONCE = 256
+"""Of a command's output, before others have a turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +102,10 @@ class BuildMachine:
                                 yield OutputLine(name == "stderr", text)
                         yield Finished(event.exit_code if event.exited else -1, event.status)
                         return
-                    for text in cutters[event.stream].feed(event.data):
+                    for number, text in enumerate(cutters[event.stream].feed(event.data)):
                         yield OutputLine(event.stream == "stderr", text)
+                        if number % _LINES_AT_ONCE == _LINES_AT_ONCE - 1:
+                            await asyncio.sleep(0)
         except TimeoutError:
             raise StepFailed(f"it ran longer than {seconds:g} s and was given up") from None
         except AgentFailure as error:

@@ -1,0 +1,100 @@
+"""What tests of the lab share: patient clients, and a look at the machines behind sandboxes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+from e2b import Sandbox, SandboxException, SandboxState
+
+NewSandbox = Callable[[], Sandbox]
+InLab = Callable[[str], str]
+PATIENCE = 450.0
+NODE = "/var/lib/emberbox/node"
+
+
+def run(sandbox: Sandbox, command: str, user: str = "user") -> str:
+    return sandbox.commands.run(command, user=user, timeout=PATIENCE, request_timeout=PATIENCE).stdout.strip()
+
+
+def connect(sandbox: Sandbox) -> Sandbox:
+    return Sandbox.connect(sandbox.sandbox_id, timeout=3600, request_timeout=PATIENCE)
+
+
+def state(sandbox: Sandbox) -> SandboxState:
+    return sandbox.get_info(request_timeout=PATIENCE).state
+
+
+def answers(sandbox: Sandbox) -> bool:
+    try:
+        return sandbox.is_running(request_timeout=PATIENCE)
+    except httpx.TransportError:  # the connection broke with the machine
+        return False
+
+
+def machine_of(in_lab: InLab, sandbox: Sandbox) -> tuple[str, int]:
+    """The machine's ID and the pid of its Firecracker."""
+    record = json.loads(in_lab(f"cat {NODE}/records/{sandbox.sandbox_id}.json"))
+    return record["machine"]["machine_id"], record["machine"]["facts"]["pid"]
+
+
+def remains(in_lab: InLab, machine: str) -> list[str]:
+    """What is left of a machine in processes, control groups, mounts and files."""
+    return in_lab(
+        f"pgrep -f -- [-]-id.{machine} || true; find /sys/fs/cgroup -name {machine};"
+        f" grep {machine} /proc/self/mountinfo || true; find {NODE} -name '{machine}*'"
+    ).split()
+
+
+def resident_mib(in_lab: InLab, pid: int) -> float:
+    return int(in_lab(f"awk '/^VmRSS/ {{print $2}}' /proc/{pid}/status")) / 1024
+
+
+def until(what: str, check: Callable[[], bool], seconds: float = 300.0) -> None:
+    end = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
+        time.sleep(1)
+
+
+def node_process(in_lab: InLab) -> int:
+    printed = in_lab("cd /opt/emberbox && .venv/bin/python -m emberbox status --json")
+    return next(int(each["pid"]) for each in json.loads(printed)["processes"] if each["name"] == "node")
+
+
+def node_is_back(in_lab: InLab, before: int) -> bool:
+    return int(in_lab(f"grep -c node.listening {NODE}/../logs/node.log")) > before
+
+
+@contextlib.contextmanager
+def node_killed_during(in_lab: InLab, after: float) -> Iterator[None]:
+    """Kill the node `after` seconds into the block, and wait until the next one works."""
+    with node_killed(in_lab, f"sleep {after}"):
+        yield
+
+
+@contextlib.contextmanager
+def node_killed(in_lab: InLab, wait: str, look: str = "true") -> Iterator[list[str]]:
+    """Kill the node when the shell command `wait` has ended, and wait until the next one works.
+
+    Yields a list that has, after the block, what `look` printed right after the kill.
+    """
+    before = int(in_lab(f"grep -c node.listening {NODE}/../logs/node.log"))
+    pid = node_process(in_lab)
+    found: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        killing = pool.submit(in_lab, f"{wait}; kill -9 {pid}; {look}")
+        with contextlib.suppress(SandboxException, OSError, httpx.HTTPError):
+            yield found
+        found.append(killing.result().strip())
+    until("the node is back", lambda: node_is_back(in_lab, before))
+
+
+def use_up_the_pool(new_sandbox: NewSandbox) -> None:
+    """Create more sandboxes than machines wait: those have their disk already."""
+    for _ in range(4):
+        new_sandbox()

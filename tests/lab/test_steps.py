@@ -1,0 +1,271 @@
+"""Each step of a microVM's life: what it carries over, and what is left when it is cut off in the middle."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+
+import pytest
+from e2b import Sandbox, SandboxException, SandboxState
+
+from tests.lab.support import (
+    NODE,
+    PATIENCE,
+    InLab,
+    NewSandbox,
+    answers,
+    connect,
+    machine_of,
+    node_killed,
+    remains,
+    run,
+    state,
+    until,
+    use_up_the_pool,
+)
+
+COUNTER = "n=0; while true; do n=$((n+1)); echo $n > /dev/shm/next; mv /dev/shm/next /dev/shm/count; sleep 0.2; done"
+
+
+@pytest.fixture
+def copies() -> Iterator[list[Sandbox]]:
+    """Further sandboxes of a test, to be ended with it."""
+    made: list[Sandbox] = []
+    yield made
+    for each in made:
+        each.kill(request_timeout=PATIENCE)
+
+
+def goes_on(sandbox: Sandbox) -> bool:
+    """Whether the counter in its memory counts."""
+    before, after = run(sandbox, "cat /dev/shm/count; sleep 2; cat /dev/shm/count").split()
+    return int(after) > int(before)
+
+
+def test_copies_with_memory_go_on_and_copies_of_files_begin_anew(
+    new_sandbox: NewSandbox, copies: list[Sandbox]
+) -> None:
+    sandbox = new_sandbox()
+    counter = sandbox.commands.run(COUNTER, background=True, timeout=0, request_timeout=PATIENCE)
+    run(sandbox, "echo kept > ~/kept; echo held > /dev/shm/held; sync")
+
+    whole = sandbox.create_snapshot(mode="full", request_timeout=PATIENCE)
+    files = sandbox.create_snapshot(mode="filesystem", request_timeout=PATIENCE)
+    copies += sandbox.fork(count=1, timeout=1800, request_timeout=PATIENCE)
+    for snapshot in (whole, files):
+        copies.append(Sandbox.create(snapshot.snapshot_id, timeout=1800, request_timeout=PATIENCE))
+    fork, copy, anew = copies
+
+    for each in (sandbox, fork, copy):
+        assert goes_on(each)
+        assert run(each, "cat ~/kept /dev/shm/held").split() == ["kept", "held"]
+        assert counter.pid in [process.pid for process in each.commands.list(request_timeout=PATIENCE)]
+    assert run(anew, "cat ~/kept; ls /dev/shm; pgrep -f shm/next || true") == "kept"
+    # Those with one memory have nothing secret in common.
+    facts = "cat /etc/machine-id /proc/sys/kernel/random/uuid; head -c 16 /dev/urandom | od -An -tx1 | tr -d ' '"
+    found = [run(each, facts).split() for each in (sandbox, fork, copy, anew)]
+    assert all(len(set(values)) == len(values) for values in zip(*found, strict=True)), found
+    for snapshot in (whole, files):
+        Sandbox.delete_snapshot(snapshot.snapshot_id, request_timeout=PATIENCE)
+
+
+def test_a_connection_to_outside_fails_cleanly_after_a_resume(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    """Its way out is gone: whoever is asked through it says so, and nobody waits for ever."""
+    serve = "import socket; s = socket.create_server(('192.88.98.2', 80)); c = [s.accept() for _ in range(9)]"
+    sandbox = new_sandbox()
+    program = (
+        "import os, socket, time\n"
+        "c = socket.create_connection(('192.88.98.2', 80), 30)\n"
+        "open('/home/user/connected', 'w')\n"
+        "while not os.path.exists('/home/user/ask'): time.sleep(0.1)\n"
+        "try:\n"
+        "    c.sendall(b'x'); said = repr(c.recv(1))\n"
+        "except OSError as error:\n"
+        "    said = type(error).__name__\n"
+        "open('/home/user/said', 'w').write(said)\n"
+    )
+    in_lab(
+        "ip netns add outside && ip link add out-a type veth peer name out-b netns outside"
+        " && ip addr add 192.88.98.1/30 dev out-a && ip link set out-a up"
+        " && ip -n outside addr add 192.88.98.2/30 dev out-b && ip -n outside link set out-b up"
+        " && ip -n outside link set lo up && ip -n outside route add default via 192.88.98.1"
+        f" && (ip netns exec outside setsid python3 -c {shlex.quote(serve)} >/dev/null 2>&1 </dev/null &)"
+        " && sleep 3"
+    )
+    try:
+        sandbox.files.write("/home/user/talk.py", program, request_timeout=PATIENCE)
+        talker = sandbox.commands.run("python3 ~/talk.py", background=True, timeout=0, request_timeout=PATIENCE)
+        run(sandbox, "until [ -e ~/connected ]; do sleep 0.2; done")
+
+        sandbox.pause(request_timeout=PATIENCE)
+        sandbox = connect(sandbox)
+
+        assert talker.pid in [each.pid for each in sandbox.commands.list(request_timeout=PATIENCE)]
+        said = run(sandbox, "touch ~/ask; until [ -e ~/said ]; do sleep 0.2; done; sleep 0.2; cat ~/said")
+        assert said in ("b''", "ConnectionResetError", "BrokenPipeError", "TimeoutError"), said
+    finally:
+        in_lab("ip netns pids outside | xargs -r kill; ip netns del outside")
+
+
+def test_a_pause_that_fills_the_disk_is_refused_and_the_sandbox_runs_on(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    sandbox = new_sandbox()
+    sandbox.commands.run(COUNTER, background=True, timeout=0, request_timeout=PATIENCE)
+    run(sandbox, "head -c 100000000 /dev/zero > /dev/shm/much")
+    in_lab(f"fallocate -l $(($(df --output=avail -B1 {NODE} | tail -1) - 40000000)) {NODE}/filler")
+    try:
+        with pytest.raises(SandboxException):
+            sandbox.pause(request_timeout=PATIENCE)
+        left = in_lab(f"find {NODE}/saved -name '{sandbox.sandbox_id}*'").split()
+    finally:
+        in_lab(f"rm -f {NODE}/filler")
+
+    assert left == []
+    assert state(sandbox) == SandboxState.RUNNING
+    assert goes_on(sandbox)
+    sandbox.pause(request_timeout=PATIENCE)
+    assert goes_on(connect(sandbox))
+
+
+def appears(pattern: str) -> str:
+    """A shell command that ends when a file of this name is there. No process is started for a look."""
+    return f'while :; do set -- {pattern}; [ -e "$1" ] && break; done'
+
+
+def grows(folder: str) -> str:
+    """A shell command that ends when there is one more file in the folder."""
+    return f"set -- {folder}/*; n=$#; while :; do set -- {folder}/*; [ $# -gt $n ] && break; done"
+
+
+def of_record(sandbox: Sandbox) -> str:
+    """A shell command that prints what the node had written down of a sandbox's state."""
+    return f'grep -o \'"state":"[a-z]*"\' {NODE}/records/{sandbox.sandbox_id}.json'
+
+
+def with_work(new_sandbox: NewSandbox) -> Sandbox:
+    """A sandbox with a counter in its memory and a file of some size."""
+    sandbox = new_sandbox()
+    sandbox.commands.run(COUNTER, background=True, timeout=0, request_timeout=PATIENCE)
+    run(sandbox, "seq 500000 > ~/numbers; cksum < ~/numbers > ~/sum")
+    return sandbox
+
+
+def is_whole(sandbox: Sandbox) -> bool:
+    """Whether it has the files of `with_work`; it is resumed for that."""
+    return run(connect(sandbox), "cksum < ~/numbers | cmp - ~/sum && echo whole") == "whole"
+
+
+def test_a_node_killed_in_the_middle_of_a_pause_loses_nothing(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    sandbox = with_work(new_sandbox)
+
+    with node_killed(in_lab, appears(f"{NODE}/saved/{sandbox.sandbox_id}-*"), of_record(sandbox)) as found:
+        sandbox.pause(request_timeout=PATIENCE)
+
+    assert found == ['"state":"running"'], "it was too late"
+    until("its state is known", lambda: state(sandbox) in (SandboxState.RUNNING, SandboxState.PAUSED))
+    assert is_whole(sandbox)
+    assert goes_on(sandbox)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_node_killed_in_the_middle_of_a_resume_loses_nothing(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    sandbox = with_work(new_sandbox)
+    sandbox.pause(request_timeout=PATIENCE)
+
+    with node_killed(in_lab, grows(f"{NODE}/uppers"), of_record(sandbox)) as found:
+        connect(sandbox)
+
+    assert found == ['"state":"paused"'], "it was too late"
+    assert is_whole(sandbox)
+    assert goes_on(sandbox)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_node_killed_in_the_middle_of_a_cold_resume_loses_nothing(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    sandbox = with_work(new_sandbox)
+    sandbox.pause(mode="filesystem", request_timeout=PATIENCE)
+
+    for _ in range(2):
+        with node_killed(in_lab, grows(f"{NODE}/uppers") + "; sleep 2", of_record(sandbox)) as found:
+            connect(sandbox)
+        assert found == ['"state":"paused"'], "it was too late"
+
+    assert is_whole(sandbox)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_node_killed_in_the_middle_of_a_pause_of_files_loses_none(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    sandbox = with_work(new_sandbox)
+    machine, _ = machine_of(in_lab, sandbox)
+    written = f'until grep -q \'"state":"paused"\' {NODE}/records/{sandbox.sandbox_id}.json; do :; done'
+
+    with node_killed(in_lab, written):
+        sandbox.pause(mode="filesystem", request_timeout=PATIENCE)
+
+    until(
+        "nothing is left of the machine", lambda: [x for x in remains(in_lab, machine) if "uppers" not in x] == [], 90
+    )
+    assert is_whole(sandbox)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("copy", ["snapshot", "fork"])
+def test_a_node_killed_in_the_middle_of_a_copy_leaves_the_source_running_and_no_half(
+    new_sandbox: NewSandbox, in_lab: InLab, copy: str
+) -> None:
+    sandbox = with_work(new_sandbox)
+    make: dict[str, Callable[[], object]] = {
+        "snapshot": lambda: sandbox.create_snapshot(request_timeout=PATIENCE),
+        "fork": lambda: sandbox.fork(count=1, timeout=1800, request_timeout=PATIENCE),
+    }
+
+    with node_killed(in_lab, grows(f"{NODE}/snapshots")):
+        make[copy]()
+
+    assert state(sandbox) == SandboxState.RUNNING
+    assert goes_on(sandbox)
+    assert is_whole(sandbox)
+    until("nothing is left", lambda: in_lab(f"ls {NODE}/snapshots").split() == [], 90)
+    assert make[copy]()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_node_killed_in_the_middle_of_a_create_leaves_no_machine(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+    use_up_the_pool(new_sandbox)
+
+    with node_killed(in_lab, grows(f"{NODE}/uppers")):
+        Sandbox.create(timeout=60, request_timeout=PATIENCE).kill(request_timeout=PATIENCE)
+
+    until(
+        "each machine has an owner",
+        lambda: int(in_lab(f"ls {NODE}/machines | wc -l")) == int(in_lab("pgrep -c -x firecracker || true")),
+    )
+    assert run(new_sandbox(), "echo works") == "works"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("signal", ["KILL", "STOP"])
+def test_a_firecracker_that_fails_in_the_middle_of_a_save_is_told(
+    new_sandbox: NewSandbox, in_lab: InLab, signal: str
+) -> None:
+    """One that has died takes its sandbox with it; one that only hung for a while does not."""
+    sandbox = with_work(new_sandbox)
+    machine, pid = machine_of(in_lab, sandbox)
+    watch = f"({appears(f'{NODE}/saved/{sandbox.sandbox_id}-*')}; kill -{signal} {pid}; sleep 5; kill -CONT {pid})"
+    in_lab(f"setsid sh -c {shlex.quote(watch)} >/dev/null 2>&1 </dev/null &")
+
+    if signal == "STOP":
+        sandbox.pause(request_timeout=PATIENCE)
+        assert is_whole(sandbox)
+        assert goes_on(sandbox)
+        return
+    with pytest.raises(SandboxException):
+        sandbox.pause(request_timeout=PATIENCE)
+    until("the sandbox ended", lambda: not answers(sandbox), 60)
+    until("nothing is left", lambda: remains(in_lab, machine) == [], 60)
+    assert in_lab(f"find {NODE}/saved -name '{sandbox.sandbox_id}*'").split() == []
