@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -66,9 +67,21 @@ class Plane:
         """
         if build.node_id:
             await leftovers.add(self.store, build)
-            await self.remove_leftover(Leftover(build.id, build.node_id, build.snapshot_id, build.layers))
+            await self._remove_leftover(Leftover(build.id, build.node_id, build.snapshot_id, build.layers))
 
-    async def remove_leftover(self, left: Leftover) -> None:
+    async def remove_leftovers(self) -> None:
+        """Remove what could not be removed when it was deleted, of the nodes that are there."""
+        unfinished = {build.node_id for build in await template_rows.builds_in(self.store, ["building"])}
+        for node in self.nodes:
+            # Which layers a build has is not known here before it has ended.
+            if node.connected.is_set() and node.node_id not in unfinished:
+                for left in await leftovers.of_node(self.store, node.node_id):
+                    if left.snapshot_id is None:
+                        with contextlib.suppress(ControlError):  # it may go on there since before it was deleted
+                            await node.cancel_build(left.build_id)
+                    await self._remove_leftover(left)
+
+    async def _remove_leftover(self, left: Leftover) -> None:
         """Have a node remove what was deleted here."""
         try:
             node = self.nodes.get(left.node_id)

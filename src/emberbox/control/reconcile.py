@@ -21,7 +21,6 @@ from emberbox.control.metrics import Metrics
 from emberbox.control.nodes import Node
 from emberbox.control.plane import Plane
 from emberbox.control.states import IN_TRANSITION, Event, State, moves
-from emberbox.store import leftovers
 from emberbox.store import nodes as node_rows
 from emberbox.store import sandboxes as rows
 from emberbox.store.records import NodeRecord, SandboxRecord
@@ -54,8 +53,6 @@ class Reconciler:
             case "state":
                 await self._node_seen(node)
                 await self._compare(node, event.state, opened_ms)
-                for left in await leftovers.of_node(self._plane.store, node.node_id):
-                    await self._plane.remove_leftover(left)
             case "changed":
                 await self._changed(node, event.changed)
             case "samples":

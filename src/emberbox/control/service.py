@@ -122,6 +122,7 @@ class ControlPlane:
         await self.accounts.record_use()
         await self.fleet.follow()
         await self.builds.tend()
+        await self.plane.remove_leftovers()
         now = now_ms()
         await metric_rows.forget(self.store, now - self.settings.metrics_keep_seconds * 1000)
         await sandbox_rows.forget_ended(self.store, now - self.settings.logs_keep_seconds * 1000)

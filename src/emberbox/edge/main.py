@@ -31,12 +31,12 @@ _LOOPBACK = ("127.", "localhost:", "[::1]:")
 def serve(settings: Settings) -> None:
     """Run the edge until SIGTERM or SIGINT; HAProxy ends with it. SIGHUP takes up changed files.
 
-    A killed edge leaves HAProxy running; the next one takes it over. An edge that cannot serve says why in the log and
-    exits with 1.
+    A killed edge leaves HAProxy running; the next one takes it over. An edge that cannot serve ends it, says why in the
+    log and exits with 1.
     """
     try:
         asyncio.run(_serve(settings))
-    except EdgeError as error:
+    except (EdgeError, OSError) as error:
         log.error("edge.cannot_serve", error=str(error))
         raise SystemExit(1) from None
 
@@ -54,7 +54,12 @@ async def _serve(settings: Settings) -> None:
     settings.edge_dir.mkdir(parents=True, exist_ok=True)
     with _alone(Paths(settings.edge_dir).lock):
         door = Door(settings)
-        await door.open()
+        try:
+            await door.open()
+        except BaseException:
+            # Nobody would take routes from the last edge's HAProxy, and addresses are given to other sandboxes.
+            await asyncio.to_thread(proxy.end_leftover, Paths(settings.edge_dir))
+            raise
         server: grpc.aio.Server | None = None
         try:
             server = await _listen(settings, EdgeService(door))

@@ -362,15 +362,14 @@ async def test_what_was_deleted_while_its_node_was_away_is_removed_when_it_is_ba
         world.node.before |= {"DeleteBuild": away, "DeleteSnapshot": away}
         deleted = [await world.client.delete(f"/templates/{name}") for name in ("mine", snapshot)]
         left = (list(world.node.deleted_builds), list(world.node.snapshots))
+        await world.control.upkeep()
         world.node.before.clear()
-        world.control.plane.nodes.look_again(world.node.node_id)
-        await eventually(lambda: not world.node.snapshots)
-        await eventually(lambda: bool(world.node.deleted_builds))
-        world.control.plane.nodes.look_again(world.node.node_id)
-        await asyncio.sleep(0.3)
+        await world.control.upkeep()
+        await world.control.upkeep()
 
     assert [answer.status_code for answer in deleted] == [204, 204]
     assert (left[0], len(left[1])) == ([], 1)
+    assert not world.node.snapshots
     assert [(each.build_id, list(each.layers)) for each in world.node.deleted_builds] == [
         (registered["buildID"], ["cd" * 32])
     ]

@@ -259,6 +259,24 @@ async def test_a_certificate_without_its_key_is_refused_in_words(new_world: Any,
         await new_world(tls_cert=cert)
 
 
+async def test_an_edge_that_cannot_serve_ends_the_haproxy_of_the_last_one(own_world: Any) -> None:
+    """Its routes would stay, and lead to whoever has their addresses by then."""
+    world = own_world
+    await world.sandbox(8080)
+    assert world.edge.process is not None
+    world.edge.process.kill()
+    world.edge.process.wait()
+    left = world.edge.haproxies()
+    world.edge.settings = world.edge.settings.model_copy(update={"tls_cert": world.edge.home / "missing.pem"})
+
+    world.edge.launch()
+    code = await asyncio.to_thread(world.edge.process.wait, 60)
+
+    assert left
+    assert code == 1
+    await eventually(lambda: not world.edge.haproxies())
+
+
 async def test_replacing_all_routes_drops_the_others_and_keeps_what_stays(own_world: Any) -> None:
     world = own_world
     kept_id, kept = await world.sandbox(8080)
