@@ -117,7 +117,7 @@ bench: install-dev ## Run every benchmark, each against a fresh Emberbox; ARGS=-
 install-lab: install
 	@tools/install.sh system lab
 lab: install-lab ## Boot the lab with Emberbox in it, print the three variables
-	$(PYTHON) tests/lab/lab.py up
+	$(PYTHON) tests/lab/lab.py up $(ARGS)
 lab-shell: ## Run a command in the lab: make lab-shell COMMAND="uname -a"
 	$(PYTHON) tests/lab/lab.py shell $(COMMAND)
 lab-down: ## End the lab
