@@ -52,6 +52,10 @@ def end_leftover(settings: Settings) -> bool:
 
 async def _serve(settings: Settings) -> None:
     settings.edge_dir.mkdir(parents=True, exist_ok=True)
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # From the beginning: who is ended between starting HAProxy and noting which it is would leave it.
+        loop.add_signal_handler(number, stop.set)
     with _alone(Paths(settings.edge_dir).lock):
         door = Door(settings)
         try:
@@ -63,7 +67,7 @@ async def _serve(settings: Settings) -> None:
         server: grpc.aio.Server | None = None
         try:
             server = await _listen(settings, EdgeService(door))
-            await _until_stopped(door)
+            await _until_stopped(door, stop)
         finally:
             if server is not None:
                 await server.stop(_GRACE_SECONDS)
@@ -71,9 +75,8 @@ async def _serve(settings: Settings) -> None:
     log.info("edge.stopped")
 
 
-async def _until_stopped(door: Door) -> None:
+async def _until_stopped(door: Door, stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
     reloads: set[asyncio.Task[None]] = set()
 
     def on_hangup() -> None:
@@ -81,8 +84,6 @@ async def _until_stopped(door: Door) -> None:
         reloads.add(task)
         task.add_done_callback(reloads.discard)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
     keeping = loop.create_task(door.keep())
     stopping = loop.create_task(stop.wait())
@@ -94,8 +95,7 @@ async def _until_stopped(door: Door) -> None:
         for task in (keeping, stopping, *reloads):
             task.cancel()
         await asyncio.gather(keeping, stopping, *reloads, return_exceptions=True)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.remove_signal_handler(number)
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 async def _reload(door: Door) -> None:
