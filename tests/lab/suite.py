@@ -1,5 +1,7 @@
 """Boots the lab, runs tests in it and ends it: `python tests/lab/suite.py [--all] [PYTEST ARGUMENT ...]`.
 
+Where this machine's own KVM runs guests no lab is needed: the client suites start their Emberbox with microVMs. Those
+of `tests/lab` stay in a lab in any case: they set their host's clock and fill its disk.
 `make test` runs the fast part, within a limit of time; `make test-lab` runs everything. Where a lab cannot be had, or
 dies without Emberbox having a part in it, tests are skipped with the reason; see `limits.py`.
 """
@@ -7,6 +9,7 @@ dies without Emberbox having a part in it, tests are skipped with the reason; se
 from __future__ import annotations
 
 import argparse
+import asyncio
 import fcntl
 import os
 import platform
@@ -20,15 +23,17 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
-from emberbox.runtime.firecracker.errors import GuestFilesError  # noqa: E402
+from emberbox.cli import kvm  # noqa: E402
+from emberbox.runtime.firecracker import guest, trial  # noqa: E402
+from emberbox.runtime.firecracker.binaries import Binaries  # noqa: E402
+from emberbox.runtime.firecracker.errors import FirecrackerError, GuestFilesError  # noqa: E402
 from tests.lab import lab as command_line  # noqa: E402
 from tests.lab import limits  # noqa: E402
 from tests.lab.host import Lab, LabError  # noqa: E402
 from tests.lab.recipe import LabImage, RecipeError, build, say  # noqa: E402
+from tests.support import firecracker as parts  # noqa: E402
 
-FAST = (
-    "tests/lab/test_microvm.py",
-    "tests/lab/test_life.py",
+CLIENTS = (
     "tests/clients/test_commands.py",
     "tests/clients/test_files.py",
     "tests/clients/test_cli.py",
@@ -39,7 +44,10 @@ FAST = (
     "tests/clients/test_list.py",
     "tests/clients/test_errors.py",
 )
+FAST = ("tests/lab/test_microvm.py", "tests/lab/test_steps.py", "tests/lab/test_life.py", *CLIENTS)
 ALL = ("tests/lab", "tests/clients")
+TRIAL_SCALE = 0.3
+"""A KVM that works boots the trial guest in less than a second; one that does not may take all the time there is."""
 FAST_SECONDS = 1500.0
 """For all of it: image, boot, tests. The last test that begins may go over it."""
 STATE = Path(tempfile.gettempdir()) / f"emberbox-lab-tests-{os.getuid()}"
@@ -57,6 +65,8 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every test, without a limit of time")
     parser.add_argument("--cpus", type=int, default=2, help="see `lab.py up --help`")
     args, more = parser.parse_known_args()
+    if (programs := _programs_for_kvm()) is not None:
+        return _run_here(args, more, programs)
     os.environ["EMBERBOX_LAB_STATE"] = str(STATE)  # a lab that `make lab` started is left alone
     with STATE.with_suffix(".lock").open("w") as lock:
         try:
@@ -75,6 +85,35 @@ def main() -> int:
             return 1
         finally:
             Lab().down()
+
+
+def _programs_for_kvm() -> Binaries | None:
+    """Firecracker and its jailer, where a guest kernel really boots under this machine's KVM."""
+    try:
+        kvm.probe(kvm.DEADLINE_SECONDS)
+        programs = parts.pair()
+        with tempfile.TemporaryDirectory() as folder, parts.one_at_a_time("guest"):
+            agent = Path(folder) / "emberd"
+            agent.write_bytes(b"not run")
+            files = guest.make_guest_files(parts.cache_dir() / "guest", agent)
+        asyncio.run(trial.boot(programs.firecracker, files.kernel, time_scale=TRIAL_SCALE))
+    except (kvm.KvmUnusable, FirecrackerError, subprocess.SubprocessError, OSError) as error:
+        say(f"this machine's KVM runs no guests: {error}")
+        return None
+    return programs
+
+
+def _run_here(args: argparse.Namespace, more: list[str], programs: Binaries) -> int:
+    say("this machine's KVM runs guests: client suites run here, with microVMs; tests/lab is for a lab")
+    chosen = ("tests/integration/firecracker", "tests/clients") if args.all else CLIENTS
+    left = [] if args.all else ["-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", "-n", str(args.cpus), "--dist", "loadgroup", *left, *chosen, *more]
+    settings = {
+        "EMBERBOX_RUNTIME": "firecracker",
+        "EMBERBOX_FIRECRACKER": str(programs.firecracker),
+        "EMBERBOX_JAILER": str(programs.jailer),
+    }
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, check=False).returncode
 
 
 def _run(args: argparse.Namespace, more: list[str]) -> int:

@@ -16,19 +16,22 @@ import io
 import os
 import re
 import secrets
+import shutil
 import tarfile
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+from weakref import WeakValueDictionary
 
 import structlog
 
 from emberbox.control.clock import now_ms
 from emberbox.control.errors import Forbidden, Invalid, StorageFull, TooLarge
 from emberbox.control.plane import Plane
+from emberbox.threads import to_thread_whole
 
 log = structlog.get_logger()
 
@@ -55,7 +58,14 @@ _CHECKS_AT_ONCE = 2
 """Archives that are read through at the same time; each takes a thread."""
 _LEFT_BEHIND_SECONDS = 2 * LINK_SECONDS
 _FRESH_SECONDS = LINK_SECONDS
-"""An archive that was asked for lately is kept: a client that was told it is there starts its build soon."""
+"""An archive that was used or asked for lately is kept: a client that was told it is there starts its build soon."""
+_LEAST_BYTES = 64 * 1024
+"""What an archive counts for at least, so that the limit of a team bounds their number too."""
+_FREE_BYTES = 512 * 1024 * 1024
+"""Left free on the disk, which may be the one that machines and the database write to."""
+
+_Key = tuple[str, str]
+"""Of an archive: team and hash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,25 @@ class UploadLink:
 
     present: bool
     target: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """Which archives are kept."""
+
+    keep_seconds: int
+    team_bytes: int
+    in_use: Collection[_Key] | None
+    """By builds that are not finished; None: not known yet, and so any may be."""
+    asked: Mapping[_Key, float]
+    """When a client was last told that it is there."""
+
+    def keep(self, key: _Key, age: float, now: float) -> bool:
+        """Whether an archive must stay that was last used `age` seconds ago. To be asked for does not make it young:
+        one that is only ever asked for goes some time."""
+        if self.in_use is None or key in self.in_use or age <= min(_FRESH_SECONDS, self.keep_seconds):
+            return True
+        return now - self.asked.get(key, 0) <= _FRESH_SECONDS and age <= self.keep_seconds + _FRESH_SECONDS
 
 
 class Uploads:
@@ -75,6 +104,10 @@ class Uploads:
         self._limit = plane.settings.max_upload_mb * 1024 * 1024
         self._idle_seconds = _IDLE_SECONDS * plane.settings.time_scale
         self._checking = asyncio.Semaphore(_CHECKS_AT_ONCE)
+        self._admitting: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._in_use: frozenset[_Key] | None = None
+        """As the last `tend` was told. What a build began to use since then is fresh."""
+        self._asked: dict[_Key, float] = {}
 
     def folder(self, team_id: str) -> Path:
         """Where a team's archives lie."""
@@ -89,7 +122,9 @@ class Uploads:
             Invalid: the hash is not one.
         """
         path = self._path(team_id, files_hash)
-        present = await asyncio.to_thread(_touch, path)
+        present = await asyncio.to_thread(path.exists)
+        if present:
+            self._asked[team_id, files_hash] = time.time()
         expires = now_ms() // 1000 + LINK_SECONDS
         signature = self._signature(team_id, files_hash, str(expires))
         return UploadLink(present, f"/files/{team_id}/{files_hash}?expires={expires}&signature={signature}")
@@ -119,7 +154,7 @@ class Uploads:
             Forbidden: the link is forged or has expired.
             Invalid: the length is missing or wrong, or what arrived is not a well-formed archive.
             TooLarge: it is larger than the limit.
-            StorageFull: the disk is full.
+            StorageFull: the disk is nearly full, or the team's archives would be more than the limit.
         """
         wanted = self._signature(team_id, files_hash, expires)
         if not hmac.compare_digest(wanted.encode(), signature.encode()):
@@ -134,7 +169,10 @@ class Uploads:
         began = time.perf_counter()
         partial = _partial(path)
         try:
-            received = await self._write(partial, body, length)
+            # Or two would find room for the same bytes.
+            async with self._admitting.setdefault(team_id, asyncio.Lock()):
+                file = await to_thread_whole(_admit, partial, length, self._rules())
+            received = await self._write(file, body, length)
             if received != length:
                 raise Invalid(f"the upload ended after {received} of {length} bytes; upload it again")
             async with self._checking:
@@ -176,14 +214,10 @@ class Uploads:
 
     async def tend(self, in_use: Collection[tuple[str, str]]) -> None:
         """Remove what is old, what is too much, and what broken uploads left. `in_use`: (team, hash) of builds."""
-        settings = self._plane.settings
-        removed = await asyncio.to_thread(
-            _tend,
-            self._root,
-            keep_seconds=settings.uploads_keep_seconds,
-            team_bytes=settings.uploads_mb_per_team * 1024 * 1024,
-            in_use=set(in_use),
-        )
+        self._in_use = frozenset(in_use)
+        now = time.time()
+        self._asked = {key: at for key, at in self._asked.items() if now - at <= _FRESH_SECONDS}
+        removed = await asyncio.to_thread(_tend, self._root, self._rules())
         if removed:
             log.info("uploads.removed", count=removed)
 
@@ -195,14 +229,20 @@ class Uploads:
     def _signature(self, team_id: str, files_hash: str, expires: str) -> str:
         return self._plane.tokens.sign(_PURPOSE, f"{team_id}/{files_hash}/{expires}")
 
-    async def _write(self, partial: Path, body: AsyncIterator[bytes], length: int) -> int:
+    def _rules(self) -> _Rules:
+        settings = self._plane.settings
+        team_bytes = settings.uploads_mb_per_team * 1024 * 1024
+        return _Rules(settings.uploads_keep_seconds, team_bytes, self._in_use, dict(self._asked))
+
+    async def _write(self, file: IO[bytes], body: AsyncIterator[bytes], length: int) -> int:
         """Write the body to disk as it comes, up to `length`. Returns how much came, also when it is more.
 
         Raises:
-            Invalid: nothing came for a long time.
+            Invalid: nothing came for a long time, or not all within the time of a link. What takes longer would be
+                removed as left behind while it still takes room.
         """
         clock = asyncio.get_running_loop().time
-        file = await asyncio.to_thread(_create, partial)
+        end = clock() + LINK_SECONDS
         received = 0
         waiting = bytearray()
         try:
@@ -215,9 +255,11 @@ class Uploads:
                     if len(waiting) >= _CHUNK:
                         await asyncio.to_thread(file.write, bytes(waiting))
                         waiting.clear()
-                    patience.reschedule(clock() + self._idle_seconds)
+                    patience.reschedule(min(clock() + self._idle_seconds, end))
             await asyncio.to_thread(file.write, bytes(waiting))
         except TimeoutError:
+            if clock() >= end:
+                raise Invalid(f"the upload took longer than {LINK_SECONDS // 60} minutes and was given up") from None
             raise Invalid(f"nothing arrived for {self._idle_seconds:g} s; the upload was given up") from None
         finally:
             await asyncio.shield(asyncio.to_thread(file.close))
@@ -398,11 +440,6 @@ def _check_member(member: tarfile.TarInfo) -> None:
         raise Invalid(f"the archive's hard link {member.name[:200]!r} points outside")
 
 
-def _create(path: Path) -> IO[bytes]:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return path.open("xb")
-
-
 def _partial(path: Path) -> Path:
     """Where an archive is written before it is whole."""
     return path.with_name(f"{path.name}.{secrets.token_hex(8)}{_PARTIAL}")
@@ -423,29 +460,78 @@ def _storage_error(error: OSError) -> Exception:
     return error
 
 
-def _tend(root: Path, *, keep_seconds: int, team_bytes: int, in_use: set[tuple[str, str]]) -> int:
-    now = time.time()
+def _admit(partial: Path, length: int, rules: _Rules) -> IO[bytes]:
+    """Make the file of an upload, with the length and the blocks that it will have: others count them from now on.
+
+    Raises:
+        StorageFull: the team's archives would be more than the limit, or the disk is nearly full.
+    """
+    folder = partial.parent
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    room = max(length, _LEAST_BYTES)
+    going, held = _superfluous(folder, rules, room=room)
+    if held + room > rules.team_bytes:
+        raise StorageFull(
+            f"the team's uploaded archives would come to {_mib(held + room)}, and {_mib(rules.team_bytes)} are allowed "
+            "(EMBERBOX_UPLOADS_MB_PER_TEAM); upload less, or try again later: archives that no build has used for "
+            f"{_FRESH_SECONDS // 60} minutes make room"
+        )
+    for path in going:
+        path.unlink(missing_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < length + _FREE_BYTES:
+        raise StorageFull(
+            f"the server's disk has {_mib(free)} free, and an upload of {_mib(length)} must leave {_mib(_FREE_BYTES)}; "
+            "delete templates or snapshots, or have the disk enlarged"
+        )
+    file = partial.open("xb")
+    try:
+        if length:
+            os.posix_fallocate(file.fileno(), 0, length)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _tend(root: Path, rules: _Rules) -> int:
     removed = 0
     for folder in root.iterdir() if root.is_dir() else ():
-        kept: list[tuple[float, int, Path]] = []
-        total = 0
-        for path in folder.iterdir():
-            try:
-                seen = path.stat()
-            except FileNotFoundError:
-                continue
-            age = now - seen.st_mtime
-            if path.name.endswith(_PARTIAL):
-                if age > _LEFT_BEHIND_SECONDS:
-                    path.unlink(missing_ok=True)
-                    removed += 1
-                continue
-            total += seen.st_size
-            if age > min(_FRESH_SECONDS, keep_seconds) and (folder.name, path.name.split(".")[0]) not in in_use:
-                kept.append((seen.st_mtime, seen.st_size, path))
-        for used_at, size, path in sorted(kept):
-            if now - used_at > keep_seconds or total > team_bytes:
-                path.unlink(missing_ok=True)
-                total -= size
-                removed += 1
+        for path in _superfluous(folder, rules)[0]:
+            path.unlink(missing_ok=True)
+            removed += 1
     return removed
+
+
+def _superfluous(folder: Path, rules: _Rules, *, room: int = 0) -> tuple[list[Path], int]:
+    """What goes from a team's folder, and how much the rest takes.
+
+    What is old goes, and then what was used longest ago, until the rest and `room` bytes are not too much.
+    """
+    now = time.time()
+    removable: list[tuple[bool, float, int, Path]] = []
+    held = 0
+    for path in folder.iterdir():
+        try:
+            seen = path.stat()
+        except FileNotFoundError:
+            continue
+        size = max(seen.st_size, _LEAST_BYTES)
+        held += size
+        age = now - seen.st_mtime
+        if path.name.endswith(_PARTIAL):
+            kept, old = age <= _LEFT_BEHIND_SECONDS, True
+        else:
+            kept, old = rules.keep((folder.name, path.name.split(".")[0]), age, now), age > rules.keep_seconds
+        if not kept:
+            removable.append((not old, seen.st_mtime, size, path))
+    going = []
+    for young, _, size, path in sorted(removable):
+        if not young or held + room > rules.team_bytes:
+            going.append(path)
+            held -= size
+    return going, held
+
+
+def _mib(size: int) -> str:
+    return f"{-(-size // 1024**2)} MiB"

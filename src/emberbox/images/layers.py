@@ -13,8 +13,10 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import struct
 import tempfile
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,8 @@ SUFFIX = ".erofs"
 DISK_SUFFIX = ".ext4"
 _SUFFIXES = (SUFFIX, DISK_SUFFIX)
 _PACK_SECONDS = 1800.0
+_RESERVE_BYTES = 512 * 1024 * 1024
+"""Left free on the layers' disk, as where uppers are made: machines write to the same one."""
 _SUPERBLOCK, _BUILD_TIME, _EROFS_MAGIC = 1024, 24, 0xE0F5E1E2  # seconds (8 bytes) and nanoseconds (4): erofs_fs.h
 _UUID = "00000000-0000-0000-0000-000000000000"
 """A random one would give equal content another digest."""
@@ -39,6 +43,22 @@ class Layer:
     """Hex SHA-256."""
     path: Path
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The ordinary files of a folder and those below it."""
+
+    size_bytes: int
+    """Of all, holes counted: what they take in a layer."""
+    sparsest: str
+    """The one with the largest holes; empty: none has any."""
+
+
+_packing: dict[Path, int] = {}
+"""Drafts that are being packed, by any store of this process, and what their files come to."""
+_check = threading.Lock()
+"""Two that look for room at the same time must not find the same."""
 
 
 class LayerStore:
@@ -67,21 +87,28 @@ class LayerStore:
         path.unlink(missing_ok=True)
         return True
 
-    async def pack(self, root: Path) -> Layer:
+    async def pack(self, root: Path, *, below_bytes: int = 0) -> Layer:
         """Make a layer of the folder `root`, owners, times and extended attributes included.
 
         The same content gives the same digest, whatever the folder is called and whenever it is packed.
 
+        Args:
+            below_bytes: what may be in `root` besides what its own disk holds: the layers that it is joined with.
+
         Raises:
-            ImageError: the disk is full, or mkfs.erofs failed.
+            ImageError: the files' holes would make it larger than their disk, the node's disk is full, or mkfs.erofs
+                failed.
         """
         async with self._draft() as draft:
-            # A date given with -T would be that of every file.
-            command = ("mkfs.erofs", "--quiet", "--preserve-mtime", "-Enosbcrc", f"-U{_UUID}", draft, root)
             try:
+                await to_thread_whole(_make_room, draft, root, below_bytes)
+                # A date given with -T would be that of every file.
+                command = ("mkfs.erofs", "--quiet", "--preserve-mtime", "-Enosbcrc", f"-U{_UUID}", draft, root)
                 await run(command, timeout=_PACK_SECONDS, dies_with_us=True)
-            except CommandFailed as error:
+            except (CommandFailed, OSError) as error:
                 raise ImageError(f"the layer could not be packed: {error}") from error
+            finally:
+                _packing.pop(draft, None)
             await asyncio.to_thread(_clear_build_time, draft)
             return await asyncio.to_thread(self._keep, draft)
 
@@ -122,6 +149,76 @@ class LayerStore:
             draft.chmod(0o400)
             draft.rename(target)
         return Layer(digest, target, target.stat().st_size)
+
+
+def _make_room(draft: Path, root: Path, below_bytes: int) -> None:
+    """See that a layer of `root` is no larger than it may be, and keep room for it until it is packed.
+
+    mkfs.erofs writes holes as zeros: a file of none but a hole, which costs a machine nothing, could fill the node's
+    disk, and with it the machines' that stand on it.
+
+    Raises:
+        ImageError: the files are more than their disk holds, or than fits on the one of `draft`.
+        OSError: a folder could not be read.
+    """
+    files = _files_below(root)
+    disk = os.statvfs(root)
+    most = disk.f_blocks * disk.f_frsize + below_bytes
+    holes = "files with holes are written out in a layer"
+    if files.sparsest:
+        holes += f" (the largest holes are in {files.sparsest[:200]!r})"
+    if files.size_bytes > most:
+        raise ImageError(
+            f"the files come to {_mib(files.size_bytes)}, more than the {_mib(most)} of their disk: {holes}; remove "
+            "them, or make them smaller, in the step that makes them"
+        )
+    with _check:
+        others = [(path, size) for path, size in list(_packing.items()) if path.parents[1] == draft.parents[1]]
+        coming = sum(max(0, size - _allocated(path)) for path, size in others)
+        needed = files.size_bytes + coming + _RESERVE_BYTES
+        free = shutil.disk_usage(draft.parent).free
+        if needed > free:
+            raise ImageError(
+                f"this node's disk has {_mib(free)} free, and {_mib(needed)} are needed: {holes}; make them smaller, "
+                "delete templates or snapshots, or enlarge the disk"
+            )
+        _packing[draft] = files.size_bytes
+
+
+def _files_below(root: Path) -> _Files:
+    """
+    Raises:
+        OSError: a folder could not be read.
+    """
+    total = most = 0
+    sparsest = ""
+    folders = [os.fspath(root)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                    continue
+                seen = entry.stat(follow_symlinks=False)
+                if not stat.S_ISREG(seen.st_mode):
+                    continue
+                # A file with several names counts in parts: to remember which were seen could take the node's memory.
+                total += -(-seen.st_size // seen.st_nlink)
+                holes = seen.st_size - seen.st_blocks * 512
+                if holes > most:
+                    most, sparsest = holes, entry.path.removeprefix(os.fspath(root))
+    return _Files(total, sparsest)
+
+
+def _allocated(path: Path) -> int:
+    try:
+        return sparse.allocated(path)
+    except FileNotFoundError:
+        return 0
+
+
+def _mib(size: int) -> str:
+    return f"{-(-size // 1024**2)} MiB"
 
 
 def _clear_build_time(image: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import stat
 import threading
+from difflib import SequenceMatcher
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -63,6 +65,31 @@ def test_tags_have_no_case() -> None:
 def test_a_suggestion_needs_something_close() -> None:
     assert did_you_mean("bse", ["base", "desktop"]) == "; did you mean 'base'?"
     assert did_you_mean("zzz", ["base"]) == ""
+
+
+def test_a_suggestion_is_found_among_many_names() -> None:
+    names = [f"template-of-somebody-{number}" for number in range(1000)]
+
+    assert did_you_mean("my-servce", [*names, "my-service"]) == "; did you mean 'my-service'?"
+
+
+@pytest.mark.parametrize("length", [40, 41, 128])
+def test_a_suggestion_costs_little_whatever_the_names_are(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = 0
+    find = SequenceMatcher.find_longest_match
+
+    def counted(self: SequenceMatcher[str], alo: int, ahi: int, blo: int, bhi: int) -> object:
+        nonlocal compared
+        compared += (ahi - alo) * (bhi - blo)
+        return find(self, alo, ahi, blo, bhi)
+
+    monkeypatch.setattr(SequenceMatcher, "find_longest_match", counted)
+    chance = Random(1)
+    names = ["".join(chance.choices("ab", k=length)) for _ in range(1001)]
+
+    did_you_mean(names[0], names[1:])
+
+    assert compared < 100_000  # of characters with characters; about 10 ms
 
 
 # ---- limits

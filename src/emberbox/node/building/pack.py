@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shutil
 import tempfile
@@ -46,7 +47,8 @@ async def pack_all(store: LayerStore, layers: Sequence[Path], upper: Path, work_
         _entered(opened_upper(upper, folder)) as top,
         _entered(_joined(layers, top, folder / "all")) as root,
     ):
-        return await store.pack(root)
+        below_bytes = await asyncio.to_thread(lambda: sum(layer.stat().st_size for layer in layers))
+        return await store.pack(root, below_bytes=below_bytes)
 
 
 def written_by_guests(runtime: Runtime) -> bool:

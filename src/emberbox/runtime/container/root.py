@@ -20,6 +20,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import struct
 import threading
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,8 @@ DISK_ID = 1_000_000_000
 _UPPER_OPTIONS = "noinit_itable,errors=remount-ro"
 # Synced when it is saved; before that an upper is of no use to anybody after a crash of the host.
 _OVERLAY_OPTIONS = "redirect_dir=on,metacopy=off,index=off,volatile"
+_HOSTS_BYTES = 64 * 1024
+"""Of /etc/hosts that a machine wrote: a larger one is not kept. It is read into the node's memory."""
 _FIFREEZE, _FITHAW, _FITRIM = 0xC0045877, 0xC0045878, 0xC0185879
 
 
@@ -203,11 +206,13 @@ class Root:
     def write_etc(self, hostname: str, resolvers: Sequence[IPv4Address]) -> Path:
         """Write what the machine needs to know of its network; returns the folder, with the machine's ids.
 
-        Only root of the host writes names into this folder; the machine sees the files as bind mounts.
+        Only root of the host writes names into this folder; the machine sees the files as bind mounts, and its root
+        writes into them what it likes.
         """
         folder = self.upper / "etc"
-        hosts = folder / "hosts"
-        kept = hosts.read_text(errors="replace") if hosts.exists() else "127.0.0.1\tlocalhost\n"
+        kept = _read_text(folder / "hosts", most=_HOSTS_BYTES)
+        if kept is None:
+            kept = "127.0.0.1\tlocalhost\n"
         if hostname not in kept.split():
             kept = kept.rstrip("\n") + f"\n127.0.1.1\t{hostname}\n"
         files = {
@@ -216,10 +221,7 @@ class Root:
             "resolv.conf": "".join(f"nameserver {address}\n" for address in resolvers),
         }
         for name, text in files.items():
-            path = folder / name
-            path.write_text(text)
-            path.chmod(0o644)
-            os.chown(path, DISK_ID, DISK_ID)
+            _write_text(folder / name, text)
         return self.shown / "etc"
 
     def open_log(self) -> int:
@@ -276,6 +278,34 @@ class Root:
                 raise
         finally:
             os.close(descriptor)
+
+
+def _read_text(path: Path, *, most: int) -> str | None:
+    """What a machine has left in a file; None when it is not an ordinary file of at most `most` bytes."""
+    try:
+        # A link would lead to the host's files, and a pipe would wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        seen = os.fstat(descriptor)
+        if not stat.S_ISREG(seen.st_mode) or seen.st_size > most:
+            return None
+        return os.read(descriptor, most).decode(errors="replace")
+    finally:
+        os.close(descriptor)
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file that belongs to the machine's root. One that is there keeps its place on a disk that is full."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            path.unlink()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with open(os.open(path, flags, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+        os.fchmod(file.fileno(), 0o644)
+        os.fchown(file.fileno(), DISK_ID, DISK_ID)
 
 
 @contextlib.contextmanager

@@ -178,6 +178,8 @@ def _closing(descriptor: int) -> Iterator[int]:
 
 def _tail(path: Path) -> str:
     try:
-        return path.read_text(errors="replace").strip()[-500:] or "it wrote nothing"
+        with path.open("rb") as file:  # root inside may have made it large
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
+            return file.read(2000).decode(errors="replace").strip()[-500:] or "it wrote nothing"
     except OSError:
         return "its output is gone"
