@@ -15,14 +15,14 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from ipaddress import IPv4Address
 from pathlib import Path
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
 from emberbox.linux import netns
-from emberbox.linux.nft import Nft
+from emberbox.linux.nft import Nft, NftError
 from emberbox.node.errors import BadValue, NetworkFailure, NodeFull
-from emberbox.node.firewall import NetworkPolicy
+from emberbox.node.firewall import NetworkPolicy, Rules
 from emberbox.node.slots import Slots
 from emberbox.runtime.base import Slot
 from emberbox.settings import Settings
@@ -141,6 +141,19 @@ def settings(internet: Internet) -> Iterator[Settings]:
 @pytest.fixture
 async def slots(settings: Settings) -> AsyncIterator[Slots]:
     slots = Slots(settings)
+    await slots.start()
+    yield slots
+    for slot in list(slots._in_use.values()):
+        await slots.give_back(slot)
+    await slots.close()
+    assert _traces(settings) == []
+
+
+@pytest.fixture
+async def unpooled(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Slots]:
+    """Four slots that are made when they are taken, and need no rest."""
+    monkeypatch.setattr("emberbox.node.slots._REUSE_AFTER_SECONDS", 0.0)
+    slots = Slots(settings.model_copy(update={"slots_ready": 0}))
     await slots.start()
     yield slots
     for slot in list(slots._in_use.values()):
@@ -284,6 +297,73 @@ async def test_allowed_domains_open_what_they_resolve_to(slots: Slots, slot: Slo
     assert await _inside(slot, _connect, internet.two) == "ConnectionRefusedError"
 
 
+async def test_what_only_the_old_policy_allows_is_not_opened_during_a_change(
+    slots: Slots, slot: Slot, internet: Internet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway, apply, answers = str(slot.host_address), slots._firewall.apply, []
+    await slots.apply(slot, NetworkPolicy(deny_out=("0.0.0.0/0",), allow_out=("*.one.test",)))
+
+    async def apply_and_ask(slot: Slot, rules: Rules) -> None:
+        await apply(slot, rules)
+        answers.append(await _inside(slot, _lookup, gateway, "www.one.test"))
+
+    monkeypatch.setattr(slots._firewall, "apply", apply_and_ask)
+    await slots.apply(slot, NetworkPolicy(deny_out=("0.0.0.0/0",), allow_out=("two.test",)))
+
+    assert answers == ["code 5"]
+    assert await _inside(slot, _connect, internet.one) == "ConnectionRefusedError"
+    assert await _inside(slot, _lookup, gateway, "two.test") == internet.two
+    assert await _inside(slot, _connect, internet.two) == "100.127.255.1"
+
+
+async def test_a_policy_that_the_firewall_refused_changes_nothing(
+    slots: Slots, slot: Slot, internet: Internet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = str(slot.host_address)
+    await slots.apply(slot, NetworkPolicy(deny_out=("0.0.0.0/0",), allow_out=("one.test",)))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(slots._firewall, "apply", AsyncMock(side_effect=NetworkFailure("refused")))
+        with pytest.raises(NetworkFailure, match="refused"):
+            await slots.apply(slot, NetworkPolicy(deny_out=("0.0.0.0/0",), allow_out=("two.test",)))
+
+    assert await _inside(slot, _lookup, gateway, "two.test") == "code 5"
+    assert await _inside(slot, _lookup, gateway, "one.test") == internet.one
+    assert await _inside(slot, _connect, internet.one) == "100.127.255.1"
+
+
+async def test_a_slot_that_was_given_back_gets_no_policy(slots: Slots, slot: Slot) -> None:
+    await slots.give_back(slot)
+
+    with pytest.raises(NetworkFailure, match="not in use"):
+        await slots.apply(slot, NetworkPolicy(allow_internet=False))
+
+
+async def test_names_are_opened_again_after_a_flush(
+    slots: Slots, slot: Slot, settings: Settings, internet: Internet
+) -> None:
+    await slots.apply(slot, NetworkPolicy(deny_out=("0.0.0.0/0",), allow_out=("one.test",)))
+    await _inside(slot, _lookup, str(slot.host_address), "one.test")
+    Nft().run(f"delete table inet {settings.instance}")
+    await slots._restore_firewall()
+
+    await _inside(slot, _lookup, str(slot.host_address), "one.test")
+
+    assert await _inside(slot, _connect, internet.one) == "100.127.255.1"
+
+
+async def test_a_resolver_in_a_denied_network_is_refused(settings: Settings) -> None:
+    slots = Slots(settings.model_copy(update={"deny_networks": ("203.0.113.0/24",)}))
+    await slots.start()
+    slot = await slots.take()
+
+    with pytest.raises(BadValue, match=r"dnsServers entry '203\.0\.113\.5'"):
+        await slots.apply(slot, NetworkPolicy(dns_servers=("203.0.113.5",)))
+
+    await slots.give_back(slot)
+    await slots.close()
+
+
 async def test_a_new_policy_ends_what_is_connected(slots: Slots, slot: Slot, internet: Internet) -> None:
     connection = await _inside(slot, socket.create_connection, (internet.one, 80), 30)
     with connection:
@@ -347,18 +427,66 @@ async def test_a_flushed_host_gets_its_rules_back(
     assert await _inside(slot, _connect, internet.one) == "100.127.255.1"
 
 
-async def test_a_full_network_says_so(slots: Slots) -> None:
+async def test_a_full_network_says_so(unpooled: Slots) -> None:
     for _ in range(4):
-        await slots.take()
+        await unpooled.take()
 
     with pytest.raises(NodeFull, match="EMBERBOX_SLOT_NETWORK"):
-        await slots.take()
+        await unpooled.take()
 
 
 async def test_an_address_rests_before_it_is_used_again(slots: Slots, slot: Slot) -> None:
     await slots.give_back(slot)
 
     assert (await slots.take()).address != slot.address
+
+
+async def test_addresses_come_back_as_late_as_can_be(unpooled: Slots) -> None:
+    taken = []
+    for _ in range(6):
+        slot = await unpooled.take()
+        taken.append(slot.index)
+        await unpooled.give_back(slot)
+
+    assert taken == [0, 1, 2, 3, 0, 1]
+
+
+@pytest.mark.parametrize("error", [NftError("refused"), OSError("no such device")])
+async def test_a_slot_that_cannot_be_made_is_a_failure_of_the_network(
+    unpooled: Slots, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(unpooled, "_build", Mock(side_effect=error))
+
+    with pytest.raises(NetworkFailure, match=f"could not be made: {error}"):
+        await unpooled.take()
+
+
+async def test_the_pool_is_refilled_after_a_failure(slots: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emberbox.node.slots._RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(slots, "_build", Mock(side_effect=[NftError("refused"), OSError("no"), None]))
+    monkeypatch.setattr(slots, "_unmake", Mock(side_effect=[OSError("busy"), None, None]))
+
+    await slots.take()
+
+    async with asyncio.timeout(30):
+        while not slots._ready:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_slot_that_could_not_be_removed_is_removed_before_its_address_is_used_again(
+    unpooled: Slots, internet: Internet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await unpooled.take()
+    await unpooled.apply(first, NetworkPolicy(allow_internet=False))
+    with monkeypatch.context() as patched:
+        patched.setattr(unpooled, "_unmake", Mock(side_effect=OSError("busy")))
+        with pytest.raises(NetworkFailure, match=f"slot {first.netns} could not be removed: busy"):
+            await unpooled.give_back(first)
+
+    later = [await unpooled.take() for _ in range(4)]
+
+    assert later[-1] == first
+    assert await _inside(later[-1], _connect, internet.one) == "100.127.255.1"
 
 
 async def test_slots_outlive_the_process_and_are_adopted_or_swept(settings: Settings, internet: Internet) -> None:
@@ -458,12 +586,11 @@ async def test_a_limited_slot_sends_and_receives_no_faster(slots: Slots, slot: S
     assert all(_MEGABYTES / 2 < seconds < _MEGABYTES * 15 for seconds in took), took
 
 
-async def test_the_next_machine_of_a_slot_is_not_limited(slots: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emberbox.node.slots._REUSE_AFTER_SECONDS", 0.0)
-    first = await slots.take()
-    await slots.shape(first, 1)
-    await slots.give_back(first)
-    while (again := await slots.take()).index != first.index:
+async def test_the_next_machine_of_a_slot_is_not_limited(unpooled: Slots) -> None:
+    first = await unpooled.take()
+    await unpooled.shape(first, 1)
+    await unpooled.give_back(first)
+    while (again := await unpooled.take()).index != first.index:
         pass
 
     took = [await _seconds_to_send(again, into=True), await _seconds_to_send(again, into=False)]

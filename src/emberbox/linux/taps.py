@@ -27,8 +27,11 @@ _TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 
 
-def add(address: IPv4Address, gateway: IPv4Address) -> None:
+def add(address: IPv4Address, gateway: IPv4Address, *, connections: int) -> None:
     """Make the tap and translate: the slot's `address` to the guest, the guest's name queries to `gateway`.
+
+    Args:
+        connections: that the guest may have at one time. The kernel remembers each one to translate it.
 
     Raises:
         OSError: the kernel's reason.
@@ -53,6 +56,9 @@ def add(address: IPv4Address, gateway: IPv4Address) -> None:
         "add chain ip slot out { type nat hook postrouting priority srcnat; policy accept; }\n"
         "add chain ip slot from-guest { type filter hook prerouting priority raw; policy accept; }\n"
         f'add rule ip slot from-guest iifname "{NAME}" ip saddr != {GUEST.ip} drop\n'
+        # Before routing, so that what goes no further than the gateway counts as well.
+        "add chain ip slot connections { type filter hook prerouting priority mangle; policy accept; }\n"
+        f'add rule ip slot connections iifname "{NAME}" ct state new ct count over {connections} drop\n'
         f'add rule ip slot in iifname "eth0" ip daddr {address} dnat to {GUEST.ip}\n'
         f'add rule ip slot in iifname "{NAME}" ip daddr {GATEWAY.ip} meta l4proto {{ tcp, udp }} th dport 53 '
         f"dnat to {gateway}\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import structlog
 
-from emberbox.node.errors import LayerMissing, NodeError
+from emberbox.node.errors import BadValue, LayerMissing, NodeError
 from emberbox.node.hosting import Hosted, Hosting
 from emberbox.node.machines import Machines
 from emberbox.node.model import EndReason, State
@@ -129,7 +129,11 @@ async def _find_machine(hosting: Hosting, record: SandboxRecord, facts: MachineF
     if record.state is State.RUNNING:
         # A pause or snapshot that was interrupted may have left it with its clock stopped.
         await machine.resume()
-    await hosting.slots.apply(slot, record.network)  # the forwarder of the last process knew it, ours does not
+    try:
+        await hosting.slots.apply(slot, record.network)  # the forwarder of the last process knew it, ours does not
+    except BadValue as error:  # a network was denied meanwhile in which it has resolvers of its own
+        log.warning("sandbox.resolvers_not_kept", sandbox_id=record.sandbox_id, reason=str(error))
+        await hosting.slots.apply(slot, replace(record.network, dns_servers=()))
     return Hosted(machine, spec, facts.secret, hosting.agent(machine, facts.machine_id, facts.secret))
 
 

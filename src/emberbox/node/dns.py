@@ -30,6 +30,13 @@ _TCP_PER_SLOT = 16
 _SHORTEST_SECONDS = 60
 """Programs keep an address longer than its time to live says; a connection must still be possible then."""
 _LONGEST_SECONDS = 3600
+_ADDRESSES_PER_ANSWER = 64
+_PARTS_PER_ANSWER = 1024
+"""Parts of names that are read of one answer. Whoever serves an allowed name writes it, and reading it holds up every
+other sandbox."""
+_REMEMBERED_PER_SLOT = 1024
+"""Addresses that are known to be let through. One that is not remembered is let through again when it is asked for."""
+_TELL_AGAIN_SECONDS = 60.0
 _TYPE_A, _CLASS_IN = 1, 1
 _SERVFAIL, _REFUSED = 2, 5
 _READ_AGAIN_SECONDS = 5.0
@@ -38,16 +45,30 @@ AllowNames = Callable[[int, list[tuple[str, int]]], Awaitable[None]]
 """Called with the slot's index and pairs of address and seconds."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What a slot may ask; see `Forwarder.configure`."""
+
+    domains: tuple[str, ...]
+    listed_only: bool
+    upstreams: tuple[str, ...]
+
+
+_NOTHING = _Rules(domains=(), listed_only=True, upstreams=())
+
+
 @dataclass(slots=True)
 class _Asker:
     """What the forwarder knows of one slot."""
 
-    domains: tuple[str, ...] = ()
-    listed_only: bool = False
-    upstreams: tuple[str, ...] = ()
+    rules: _Rules = _NOTHING
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     in_flight: int = 0
     connections: int = 0
     allowed: dict[str, float] = field(default_factory=dict)
+    """Addresses that the firewall lets through, and until when."""
+    tell_again: float = 0.0
+    """When a refusal of the firewall may be logged again: a slot can cause one with every question."""
 
 
 class Forwarder:
@@ -99,14 +120,20 @@ class Forwarder:
     def configure(
         self, index: int, *, domains: tuple[str, ...] = (), listed_only: bool = False, upstreams: tuple[str, ...] = ()
     ) -> None:
-        """Set what a slot may ask.
+        """Set what a slot may ask. Answers to what it asked before are let through the firewall no more.
 
         Args:
             domains: names whose addresses are let through the firewall.
             listed_only: refuse every other name. A sandbox without internet could send data out in names otherwise.
             upstreams: the slot's own resolvers; empty: the host's.
         """
-        self._askers[index] = _Asker(domains=domains, listed_only=listed_only, upstreams=upstreams)
+        asker = self._askers.setdefault(index, _Asker())
+        asker.rules = _Rules(domains, listed_only, upstreams)
+        asker.allowed.clear()
+
+    def turn(self, index: int) -> asyncio.Lock:
+        """The lock of a slot's addresses: while it is held, nothing is let through the firewall for the slot."""
+        return self._askers.setdefault(index, _Asker()).turn
 
     def forget(self, index: int) -> None:
         self._askers.pop(index, None)
@@ -172,7 +199,7 @@ class Forwarder:
                 async with asyncio.timeout(_TCP_IDLE_SECONDS):
                     (size,) = struct.unpack("!H", await reader.readexactly(2))
                     query = await reader.readexactly(size)
-                if len(query) < 12:
+                if len(query) < 12 or self._askers.get(index) is not asker:  # the slot has another machine by now
                     return
                 answer = await self._resolve(query, index, asker, over_tcp=True)
                 writer.write(struct.pack("!H", len(answer)) + answer)
@@ -186,40 +213,54 @@ class Forwarder:
     # ---- to the resolvers
 
     async def _resolve(self, query: bytes, index: int, asker: _Asker, *, over_tcp: bool) -> bytes:
-        if asker.listed_only and not _is_listed(query, asker.domains):
+        rules = asker.rules
+        if rules.listed_only and not _is_listed(query, rules.domains):
             return _failure(query, _REFUSED)
         ask = _ask_tcp if over_tcp else _ask_udp
-        for upstream in asker.upstreams or self.upstreams():
+        for upstream in rules.upstreams or self.upstreams():
             try:
                 async with asyncio.timeout(_ANSWER_SECONDS):
                     answer = await ask(query, upstream)
             except (OSError, TimeoutError, asyncio.IncompleteReadError):
                 continue
-            if asker.domains:
-                await self._let_through(answer, index, asker)
+            if rules.domains:
+                await self._let_through(answer, index, asker, rules)
             return answer
         return _failure(query, _SERVFAIL)
 
-    async def _let_through(self, answer: bytes, index: int, asker: _Asker) -> None:
+    async def _let_through(self, answer: bytes, index: int, asker: _Asker, rules: _Rules) -> None:
+        """Open the firewall for an answer, one at a time. What the firewall refuses is tried at the next question."""
         try:
             message = parse_answer(answer)
         except ValueError:
             return
-        if not any(matches(message.name, pattern) for pattern in asker.domains):
+        if not any(matches(message.name, pattern) for pattern in rules.domains):
             return
-        now = asyncio.get_running_loop().time()
-        new = []
-        for address, ttl in message.addresses:
-            seconds = min(max(ttl, _SHORTEST_SECONDS), _LONGEST_SECONDS)
-            if asker.allowed.get(address, 0.0) < now + seconds / 2:
-                asker.allowed[address] = now + seconds
-                new.append((address, seconds))
-        if not new or self._askers.get(index) is not asker:  # the slot has another policy by now
-            return
-        try:
-            await self._allow_names(index, new)
-        except NetworkFailure as error:
-            log.warning("dns.names_not_allowed", slot=index, name=message.name, error=str(error))
+        async with asker.turn:
+            # The slot may have another policy by now, or another machine.
+            if self._askers.get(index) is not asker or asker.rules is not rules:
+                return
+            now = asyncio.get_running_loop().time()
+            new = {}
+            for address, ttl in message.addresses:
+                seconds = min(max(ttl, _SHORTEST_SECONDS), _LONGEST_SECONDS)
+                if asker.allowed.get(address, 0.0) < now + seconds / 2:
+                    new[address] = seconds
+            if not new:
+                return
+            try:
+                await self._allow_names(index, list(new.items()))
+            except NetworkFailure as error:
+                if now >= asker.tell_again:
+                    asker.tell_again = now + _TELL_AGAIN_SECONDS
+                    log.warning("dns.names_not_allowed", slot=index, name=message.name, error=str(error))
+                return
+            _remember(asker, {address: now + seconds for address, seconds in new.items()}, now)
+
+
+def _remember(asker: _Asker, new: dict[str, float], now: float) -> None:
+    kept = {address: until for address, until in asker.allowed.items() if until > now and address not in new}
+    asker.allowed = dict([*kept.items(), *new.items()][-_REMEMBERED_PER_SLOT:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,10 +272,10 @@ class Answer:
 
 
 def parse_answer(message: bytes) -> Answer:
-    """Read the question and the IPv4 addresses of a DNS answer (RFC 1035).
+    """Read the question and the first 64 IPv4 addresses of a DNS answer (RFC 1035).
 
     Raises:
-        ValueError: it is not a well-formed answer to one question.
+        ValueError: it is not a well-formed answer to one question, or its names have too many parts.
     """
     try:
         _, flags, questions, answers, _, _ = struct.unpack_from("!6H", message)
@@ -242,9 +283,15 @@ def parse_answer(message: bytes) -> Answer:
             raise ValueError("not an answer to one question")
         name, position = _read_name(message, 12)
         position += 4
-        addresses = []
+        parts = 0
+        addresses: list[tuple[str, int]] = []
         for _ in range(answers):
-            _, position = _read_name(message, position)
+            if len(addresses) == _ADDRESSES_PER_ANSWER:
+                break
+            position, passed = _pass_name(message, position)
+            parts += passed
+            if parts > _PARTS_PER_ANSWER:
+                raise ValueError("the names have too many parts")
             kind, klass, ttl, size = struct.unpack_from("!HHIH", message, position)
             position += 10
             if position + size > len(message):
@@ -272,6 +319,18 @@ def _read_name(message: bytes, position: int) -> tuple[str, int]:
                 raise ValueError("a name ends behind the message")
             labels.append(message[position + 1 : position + 1 + size].decode("latin-1"))
             position += 1 + size
+    raise ValueError("a name has too many parts")
+
+
+def _pass_name(message: bytes, position: int) -> tuple[int, int]:
+    """Where a name ends, and how many parts it has. A pointer ends it; what it points to is not read."""
+    for parts in range(1, 129):
+        size = message[position]
+        if size >= 0xC0:
+            return position + 2, parts
+        if size == 0:
+            return position + 1, parts
+        position += 1 + size
     raise ValueError("a name has too many parts")
 
 

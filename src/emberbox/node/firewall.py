@@ -20,6 +20,7 @@ from emberbox.node.errors import BadValue, NetworkFailure
 from emberbox.node.model import OPEN_NETWORK, Network
 from emberbox.runtime.base import Slot
 from emberbox.settings import Settings
+from emberbox.threads import to_thread_whole
 
 log = structlog.get_logger("emberbox.node")
 
@@ -44,7 +45,7 @@ NEVER_ALLOWED = tuple(
     )
 )
 _ADMITTED_AT_ONCE = 256
-_CONNECTIONS_PER_SLOT = 8192
+CONNECTIONS_PER_SLOT = 8192
 _NAMES_PER_SLOT = 4096
 """Addresses that allowed domains may resolve to at one time."""
 
@@ -141,7 +142,7 @@ OPEN_RULES = parse_policy(OPEN_NETWORK)
 
 
 class Firewall:
-    """The table `settings.instance`. Every change is one transaction in a thread."""
+    """The table `settings.instance`. Every change is one transaction in a thread; the next one waits for its end."""
 
     def __init__(self, settings: Settings) -> None:
         self._table = settings.instance
@@ -150,6 +151,7 @@ class Firewall:
         self._never = tuple(collapse_addresses((*NEVER_ALLOWED, settings.slot_network, *extra)))
         self._network = settings.slot_network
         self._nft: Nft | None = None
+        self._turn = asyncio.Lock()
         self._admitted = 0
         self._own_chains: set[int] = set()
 
@@ -188,6 +190,16 @@ class Firewall:
     def adopt(self, index: int) -> None:
         """A slot that an earlier process used: it may have a chain."""
         self._own_chains.add(index)
+
+    def check(self, rules: Rules) -> None:
+        """Refuse what a policy may not say on this host.
+
+        Raises:
+            BadValue: a resolver is in a network that is closed to slots. The node would ask it on a sandbox's behalf.
+        """
+        for entry in rules.dns_servers:
+            if any(IPv4Address(entry) in network for network in self._never):
+                raise BadValue(f"dnsServers entry '{entry}' is in a network that no sandbox may reach")
 
     async def apply(self, slot: Slot, rules: Rules) -> None:
         """Replace a slot's policy at once."""
@@ -233,7 +245,8 @@ class Firewall:
         if self._nft is None:
             raise NetworkFailure("the firewall has not been started")
         try:
-            await asyncio.to_thread(self._nft.run, commands)
+            async with self._turn:  # here and not in the thread: the node's other work needs the threads
+                await to_thread_whole(self._nft.run, commands)
         except NftError as error:
             raise NetworkFailure(f"nftables refused the rules: {error}") from error
 
@@ -275,7 +288,7 @@ class Firewall:
                 f"oifname {slots} jump refuse",
                 f"ip daddr {{ {never} }} jump refuse",
                 # The host's connection table is shared: one slot must not fill it.
-                f"ct state new add @connections {{ iifname ct count over {_CONNECTIONS_PER_SLOT} }} jump refuse",
+                f"ct state new add @connections {{ iifname ct count over {CONNECTIONS_PER_SLOT} }} jump refuse",
                 "iifname vmap @slots",
             ),
             "refuse": ("", "meta l4proto tcp reject with tcp reset", "reject with icmpx type admin-prohibited"),

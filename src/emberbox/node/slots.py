@@ -11,18 +11,18 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Coroutine
 from ipaddress import IPv4Interface
 from pathlib import Path
-from typing import Any
 
 import structlog
 
 from emberbox.linux import netns, taps
 from emberbox.linux.netlink import Netlink
+from emberbox.linux.nft import NftError
 from emberbox.node.dns import Forwarder
 from emberbox.node.errors import NetworkFailure, NodeFull
 from emberbox.node.firewall import (
+    CONNECTIONS_PER_SLOT,
     OPEN_RULES,
     Firewall,
     NetworkPolicy,
@@ -33,6 +33,7 @@ from emberbox.node.firewall import (
     parse_policy,
 )
 from emberbox.node.host_filter import HostFilter
+from emberbox.node.tasks import Tasks, finish
 from emberbox.runtime.base import Slot
 from emberbox.settings import Settings
 from emberbox.threads import to_thread_whole
@@ -75,10 +76,11 @@ class Slots:
         self._given: set[int] = set()
         """Numbers that were given out once, or found at the start: `_next` never comes to them, they come back by
         resting."""
+        self._unclean: set[int] = set()
+        """Numbers of slots that could not be removed whole."""
         self._next = 0
-        self._making = 0
         self._wanted = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     # ---- life
 
@@ -100,14 +102,12 @@ class Slots:
         except BaseException:
             await self.close()
             raise
-        self._own(self._refill())
-        self._own(self._watch_firewall())
+        self._tasks.start(self._refill(), name="slots.refill")
+        self._tasks.start(self._watch_firewall(), name="slots.watch_firewall")
 
     async def close(self) -> None:
         """End the forwarder and the unused slots. Slots in use stay, with their rules."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         await self._forwarder.close()
         unused = [slot.index for slot in self._ready]
         self._ready.clear()
@@ -135,10 +135,14 @@ class Slots:
         return slot
 
     async def give_back(self, slot: Slot) -> None:
-        """Take a slot apart. Idempotent."""
+        """Take a slot apart. Idempotent.
+
+        Raises:
+            NetworkFailure: a part of it could not be removed.
+        """
         if self._in_use.pop(slot.index, None) is None:
             return
-        await self._remove(slot.index)
+        await finish(self._remove(slot.index))
 
     async def adopt(self, index: int) -> Slot:
         """Take over the slot of a machine that outlived the node's last process.
@@ -163,8 +167,24 @@ class Slots:
             NetworkFailure: the rules were refused; the old policy stays.
         """
         rules = parse_policy(policy)
-        await self._firewall.apply(slot, rules)
-        self._remember(slot.index, rules)
+        self._firewall.check(rules)
+        await finish(self._apply(slot, rules))
+
+    async def _apply(self, slot: Slot, rules: Rules) -> None:
+        """The forwarder is told first: by the old rules it would put addresses into the new policy's set of names."""
+        async with self._forwarder.turn(slot.index):
+            if slot.index not in self._in_use:
+                raise NetworkFailure(f"slot {slot.netns} is not in use any more")
+            before = self._policies.get(slot.index)
+            self._remember(slot.index, rules)
+            try:
+                await self._firewall.apply(slot, rules)
+            except BaseException:
+                if before is None:
+                    self._forget(slot.index)
+                else:
+                    self._remember(slot.index, before)
+                raise
 
     async def shape(self, slot: Slot, mbit_per_second: int) -> None:
         """Let the machine send, and receive, no faster than this; what the host itself sends to it counts.
@@ -204,33 +224,37 @@ class Slots:
 
     async def _make(self) -> Slot:
         slot = self._slot(self._free_index())
-        self._making += 1
         try:
+            if slot.index in self._unclean:
+                await self._take_apart(slot.index)
             await to_thread_whole(self._build, slot)
             await self._firewall.admit(slot.index)
         except BaseException as error:
-            await asyncio.shield(self._remove(slot.index))
-            if isinstance(error, OSError):
+            try:
+                await finish(self._remove(slot.index))
+            except NetworkFailure as failure:
+                log.error("slot.not_removed", slot=slot.index, error=str(failure))
+            if isinstance(error, OSError | NftError):
                 raise NetworkFailure(f"slot {slot.netns} could not be made: {error}") from error
             raise
-        finally:
-            self._making -= 1
         self._remember(slot.index, OPEN_RULES)
         return slot
 
     def _free_index(self) -> int:
-        if self._resting and self._resting[0][0] <= time.monotonic():
-            return self._resting.popleft()[1]
+        """A number that was never used, or else the one that has rested longest.
+
+        The later an address comes back, the less is left of what knew its last machine: an edge or a control plane
+        that was away may still have a route to it.
+        """
+        count = self._network.num_addresses // 4
         while self._next in self._given:
             self._next += 1
-        if self._next >= self._network.num_addresses // 4:
-            raise NodeFull(
-                f"all {self._network.num_addresses // 4} slots of {self._network} are in use; "
-                "give the node a larger EMBERBOX_SLOT_NETWORK"
-            )
-        self._given.add(self._next)
-        self._next += 1
-        return self._next - 1
+        if self._next < count:
+            self._given.add(self._next)
+            return self._next
+        if self._resting and self._resting[0][0] <= time.monotonic():
+            return self._resting.popleft()[1]
+        raise NodeFull(f"all {count} slots of {self._network} are in use; give the node a larger EMBERBOX_SLOT_NETWORK")
 
     def _build(self, slot: Slot) -> None:
         """In a thread: the namespace, the veth pair, addresses, routes."""
@@ -248,7 +272,7 @@ class Slots:
                 netlink.set_up(_INSIDE)
                 netlink.add_default_route(slot.host_address)
             if slot.tap is not None:
-                taps.add(slot.address, slot.host_address)
+                taps.add(slot.address, slot.host_address, connections=CONNECTIONS_PER_SLOT)
 
         netns.create(name, inside)
         with netns.opened(name) as namespace, Netlink() as netlink:
@@ -259,11 +283,26 @@ class Slots:
         netns.run_in(name, connect)
 
     async def _remove(self, index: int) -> None:
-        self._policies.pop(index, None)
-        self._forwarder.forget(index)
+        """The number rests in any case: what could not be removed is removed before it is used again.
+
+        Raises:
+            NetworkFailure: a part of the slot could not be removed.
+        """
+        try:
+            async with self._forwarder.turn(index):
+                self._forget(index)
+            await self._take_apart(index)
+        except OSError as error:
+            name = interface_name(self._settings.instance, index)
+            raise NetworkFailure(f"slot {name} could not be removed: {error}") from error
+        finally:
+            self._resting.append((time.monotonic() + _REUSE_AFTER_SECONDS, index))
+
+    async def _take_apart(self, index: int) -> None:
+        self._unclean.add(index)
         await to_thread_whole(self._unmake, index)
         await self._firewall.remove([index])
-        self._resting.append((time.monotonic() + _REUSE_AFTER_SECONDS, index))
+        self._unclean.discard(index)
 
     def _unmake(self, index: int) -> None:
         """In a thread. The link goes first, and at once: with the namespace alone it would go some time later."""
@@ -278,6 +317,10 @@ class Slots:
             index, domains=rules.domains, listed_only=not rules.reaches_anywhere, upstreams=rules.dns_servers
         )
 
+    def _forget(self, index: int) -> None:
+        self._policies.pop(index, None)
+        self._forwarder.forget(index)
+
     def _found(self) -> list[int]:
         """Numbers of this instance's slots on the host, whoever made them."""
         prefix = f"{self._settings.instance}-"
@@ -286,11 +329,6 @@ class Slots:
         return sorted(int(name.removeprefix(prefix)) for name in found if name.removeprefix(prefix).isdigit())
 
     # ---- in the background
-
-    def _own(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def _refill(self) -> None:
         while True:
@@ -320,7 +358,10 @@ class Slots:
         await self._firewall.start(self._forwarder.port)
         for slot in (*self._ready, *self._in_use.values()):
             await self._firewall.admit(slot.index)
-            await self._firewall.apply(slot, self._policies.get(slot.index, OPEN_RULES))
+            async with self._forwarder.turn(slot.index):
+                if (rules := self._policies.get(slot.index)) is not None:
+                    self._remember(slot.index, rules)  # the addresses of its names went with the rules
+                    await self._firewall.apply(slot, rules)
 
 
 def _shape(name: str, bytes_per_second: int) -> None:

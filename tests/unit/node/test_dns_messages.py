@@ -43,6 +43,30 @@ def test_aliases_are_passed_over_and_their_addresses_count() -> None:
     assert parse_answer(message).addresses == (("1.1.1.1", 30),)
 
 
+def test_an_answer_is_read_up_to_its_first_64_addresses() -> None:
+    many = [_record(b"\xc0\x0c", 1, 60, number.to_bytes(4, "big")) for number in range(4079)]
+
+    answer = parse_answer(_answer("a.example.com", *many))
+
+    assert answer.addresses == tuple((f"0.0.0.{number}", 60) for number in range(64))
+
+
+def test_an_answer_whose_names_are_long_work_is_refused() -> None:
+    """64 KB are enough for thousands of records that each point to a name of 126 parts."""
+    name = ".".join("a" * 126)
+    long_name = _record(_name(name), 16, 60, b"")
+    pointer = struct.pack("!H", 0xC000 | (12 + len(_name("a.example.com")) + 4))
+
+    with pytest.raises(ValueError, match="too many parts"):
+        parse_answer(_answer("a.example.com", long_name, *[_record(pointer, 16, 60, b"")] * 5400))
+
+
+def test_what_a_records_name_points_to_is_not_read() -> None:
+    nowhere = _record(b"\xff\xff", 1, 60, b"\1\2\3\4")
+
+    assert parse_answer(_answer("a.example.com", nowhere)).addresses == (("1.2.3.4", 60),)
+
+
 @pytest.mark.parametrize(
     "message",
     [

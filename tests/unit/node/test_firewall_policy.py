@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
 from ipaddress import IPv4Network
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from emberbox.node.errors import BadValue
-from emberbox.node.firewall import NEVER_ALLOWED, OPEN_RULES, NetworkPolicy, parse_policy
+from emberbox.node.firewall import NEVER_ALLOWED, OPEN_RULES, Firewall, NetworkPolicy, parse_policy
+from emberbox.settings import Settings
 
 
 def test_the_default_policy_is_open_and_lists_nothing() -> None:
@@ -49,6 +54,52 @@ def test_what_is_no_domain_is_refused(entry: str) -> None:
 def test_a_resolver_inside_the_hosts_networks_is_refused(entry: str) -> None:
     with pytest.raises(BadValue, match="dnsServers"):
         parse_policy(NetworkPolicy(dns_servers=(entry,)))
+
+
+@pytest.mark.parametrize("entry", ["203.0.113.5", "198.51.100.6"])
+def test_a_resolver_in_a_network_that_is_closed_on_this_host_is_refused(tmp_path: Path, entry: str) -> None:
+    settings = Settings(
+        data_dir=tmp_path, deny_networks=("203.0.113.0/24",), slot_network=IPv4Network("198.51.100.0/24")
+    )
+    rules = parse_policy(NetworkPolicy(dns_servers=("9.9.9.9", entry)))
+
+    with pytest.raises(BadValue, match=f"dnsServers entry '{entry}' is in a network that no sandbox may reach"):
+        Firewall(settings).check(rules)
+
+
+def test_other_resolvers_are_taken(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path, deny_networks=("203.0.113.0/24",))
+
+    Firewall(settings).check(parse_policy(NetworkPolicy(dns_servers=("9.9.9.9",))))
+
+
+class _SlowNft:
+    """Counts the threads that are in it."""
+
+    def __init__(self) -> None:
+        self.inside = self.most = 0
+        self._lock = threading.Lock()
+
+    def run(self, _: str) -> str:
+        with self._lock:
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+        time.sleep(0.01)
+        with self._lock:
+            self.inside -= 1
+        return ""
+
+
+async def test_changes_that_wait_for_each_other_take_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    firewall = Firewall(Settings(data_dir=tmp_path))
+    nft = _SlowNft()
+    monkeypatch.setattr(firewall, "_nft", nft)
+
+    await asyncio.gather(*(firewall.allow_names(index, [("1.2.3.4", 60)]) for index in range(8)))
+
+    assert nft.most == 1
 
 
 @given(st.ip_addresses(v=4))
