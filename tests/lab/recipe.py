@@ -70,7 +70,7 @@ UBUNTU_KEYS = (
 # Part of every stage's hash; count it up when a change of this module changes what the stages hold.
 REVISION = "2"
 
-DISK_GIB = 12
+DISK_GIB = 40
 KEEP = 2
 _CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 

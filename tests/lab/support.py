@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +88,8 @@ def node_killed(in_lab: InLab, wait: str, look: str = "true") -> Iterator[list[s
     pid = node_process(in_lab)
     found: list[str] = []
     with ThreadPoolExecutor(1) as pool:
-        killing = pool.submit(in_lab, f"{wait}; kill -9 {pid}; {look}")
+        # Not longer than the test waits for it: it would kill the node of another one.
+        killing = pool.submit(in_lab, f"timeout 240 sh -c {shlex.quote(wait)} && kill -9 {pid} && {{ {look}; }}")
         with contextlib.suppress(SandboxException, OSError, httpx.HTTPError):
             yield found
         found.append(killing.result().strip())

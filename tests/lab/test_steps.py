@@ -60,7 +60,7 @@ def test_copies_with_memory_go_on_and_copies_of_files_begin_anew(
         assert goes_on(each)
         assert run(each, "cat ~/kept /dev/shm/held").split() == ["kept", "held"]
         assert counter.pid in [process.pid for process in each.commands.list(request_timeout=PATIENCE)]
-    assert run(anew, "cat ~/kept; ls /dev/shm; pgrep -f shm/next || true") == "kept"
+    assert run(anew, "cat ~/kept; ls /dev/shm; pgrep -f '[s]hm/next' || true") == "kept"
     # Those with one memory have nothing secret in common.
     facts = "cat /etc/machine-id /proc/sys/kernel/random/uuid; head -c 16 /dev/urandom | od -An -tx1 | tr -d ' '"
     found = [run(each, facts).split() for each in (sandbox, fork, copy, anew)]
@@ -184,9 +184,9 @@ def test_a_node_killed_in_the_middle_of_a_resume_loses_nothing(new_sandbox: NewS
 @pytest.mark.timeout(1200)
 def test_a_node_killed_in_the_middle_of_a_cold_resume_loses_nothing(new_sandbox: NewSandbox, in_lab: InLab) -> None:
     sandbox = with_work(new_sandbox)
-    sandbox.pause(mode="filesystem", request_timeout=PATIENCE)
 
     for _ in range(2):
+        sandbox.pause(mode="filesystem", request_timeout=PATIENCE)
         with node_killed(in_lab, grows(f"{NODE}/uppers") + "; sleep 2", of_record(sandbox)) as found:
             connect(sandbox)
         assert found == ['"state":"paused"'], "it was too late"
@@ -256,8 +256,10 @@ def test_a_firecracker_that_fails_in_the_middle_of_a_save_is_told(
     """One that has died takes its sandbox with it; one that only hung for a while does not."""
     sandbox = with_work(new_sandbox)
     machine, pid = machine_of(in_lab, sandbox)
-    watch = f"({appears(f'{NODE}/saved/{sandbox.sandbox_id}-*')}; kill -{signal} {pid}; sleep 5; kill -CONT {pid})"
-    in_lab(f"setsid sh -c {shlex.quote(watch)} >/dev/null 2>&1 </dev/null &")
+    saving = appears(f"{NODE}/saved/{sandbox.sandbox_id}-*")
+    watch = f"touch /run/watching; {saving}; kill -{signal} {pid}; sleep 5; kill -CONT {pid}"
+    in_lab(f"rm -f /run/watching; setsid sh -c {shlex.quote(watch)} >/dev/null 2>&1 </dev/null &")
+    in_lab("until [ -e /run/watching ]; do :; done")
 
     if signal == "STOP":
         sandbox.pause(request_timeout=PATIENCE)
