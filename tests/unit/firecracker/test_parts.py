@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tarfile
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -35,6 +36,46 @@ def test_the_pinned_pair_is_installed_executable_and_found_again(release: Path, 
     assert binaries.find(tmp_path / "node") == installed
     assert installed.firecracker.stat().st_mode & 0o777 == 0o755
     assert sorted(path.name for path in (tmp_path / "node").iterdir()) == ["firecracker", "jailer"]
+
+
+def archive(release: Path, tmp_path: Path, names: tuple[str, ...]) -> Path:
+    """A release as it is downloaded, with these programs of it."""
+    path = tmp_path / "release.tgz"
+    with tarfile.open(path, "w:gz") as file:
+        for name in names:
+            file.add(release / name, binaries._MEMBER.format(version=binaries.VERSION, name=name))
+    return path
+
+
+def test_the_pinned_pair_is_taken_out_of_the_release_that_is_downloaded(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(binaries, "_URL", archive(release, tmp_path, ("firecracker", "jailer")).as_uri())
+
+    installed = binaries.install(tmp_path / "node")
+
+    assert binaries.find(tmp_path / "node") == installed
+    assert installed.jailer.read_text() == "program jailer"
+
+
+@pytest.mark.parametrize("flaw", ["missing", "cut off", "no archive", "lacks one"])
+def test_a_download_that_is_no_release_is_told_and_nothing_is_installed(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flaw: str
+) -> None:
+    path = archive(release, tmp_path, ("firecracker",) if flaw == "lacks one" else ("firecracker", "jailer"))
+    match flaw:
+        case "missing":
+            path.unlink()
+        case "cut off":
+            path.write_bytes(path.read_bytes()[:60])
+        case "no archive":
+            path.write_text("<html>a login page of the network</html>")
+    monkeypatch.setattr(binaries, "_URL", path.as_uri())
+
+    with pytest.raises(FirecrackerError, match=r"could not be installed: .*--from FOLDER"):
+        binaries.install(tmp_path / "node")
+
+    assert list((tmp_path / "node").iterdir()) == []
 
 
 def test_another_program_is_refused_and_nothing_is_installed(release: Path, tmp_path: Path) -> None:

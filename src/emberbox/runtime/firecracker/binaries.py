@@ -8,7 +8,9 @@ import shutil
 import tarfile
 import tempfile
 import urllib.request
+import zlib
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from emberbox.runtime.firecracker.errors import FirecrackerError
@@ -24,6 +26,8 @@ DIGESTS = {
     "jailer": "86622337f91df329cca72bb21cd1324fb8b6fa47931601d65ee4b2c72ef2cae5",
 }
 _DOWNLOAD_SECONDS = 120
+_NO_ARCHIVE = (tarfile.TarError, zlib.error, EOFError, KeyError)
+"""What a download that broke off, or is something else, is told by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +87,11 @@ def install(into: Path, source: Path | None = None) -> Binaries:
         for name in DIGESTS:
             (work / name).chmod(0o755)
             (work / name).rename(into / name)
-    except OSError as error:
-        raise FirecrackerError(f"Firecracker {VERSION} could not be installed: {error}") from error
+    except (OSError, HTTPException, *_NO_ARCHIVE) as error:
+        why = " ".join(str(error).split())[:300]
+        raise FirecrackerError(
+            f"Firecracker {VERSION} could not be installed: {why}; `emberbox setup --from FOLDER` takes it from a folder"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Binaries(into / "firecracker", into / "jailer")
@@ -102,6 +109,6 @@ def _download(into: Path) -> None:
         for name in DIGESTS:
             member = release.extractfile(_MEMBER.format(version=VERSION, name=name))
             if member is None:
-                raise FirecrackerError(f"the release at {url} has no {name}")
+                raise tarfile.ReadError(f"{name} in {url} is no file")
             with member, (into / name).open("wb") as out:
                 shutil.copyfileobj(member, out)
