@@ -16,6 +16,8 @@ NewSandbox = Callable[[], Sandbox]
 InLab = Callable[[str], str]
 PATIENCE = 450.0
 NODE = "/var/lib/emberbox/node"
+WATCHING = "/run/watching"
+"""Made in the lab by what waits there for something to happen."""
 
 
 def run(sandbox: Sandbox, command: str, user: str = "user") -> str:
@@ -74,7 +76,7 @@ def node_is_back(in_lab: InLab, before: int) -> bool:
 @contextlib.contextmanager
 def node_killed_during(in_lab: InLab, after: float) -> Iterator[None]:
     """Kill the node `after` seconds into the block, and wait until the next one works."""
-    with node_killed(in_lab, f"sleep {after}"):
+    with node_killed(in_lab, f"touch {WATCHING}; sleep {after}"):
         yield
 
 
@@ -82,14 +84,18 @@ def node_killed_during(in_lab: InLab, after: float) -> Iterator[None]:
 def node_killed(in_lab: InLab, wait: str, look: str = "true") -> Iterator[list[str]]:
     """Kill the node when the shell command `wait` has ended, and wait until the next one works.
 
+    The block begins when `wait` has made the file `WATCHING`.
+
     Yields a list that has, after the block, what `look` printed right after the kill.
     """
     before = int(in_lab(f"grep -c node.listening {NODE}/../logs/node.log"))
     pid = node_process(in_lab)
     found: list[str] = []
+    in_lab(f"rm -f {WATCHING}")
     with ThreadPoolExecutor(1) as pool:
         # Not longer than the test waits for it: it would kill the node of another one.
         killing = pool.submit(in_lab, f"timeout 240 sh -c {shlex.quote(wait)} && kill -9 {pid} && {{ {look}; }}")
+        in_lab(f"until [ -e {WATCHING} ]; do sleep 0.05; done")
         with contextlib.suppress(SandboxException, OSError, httpx.HTTPError):
             yield found
         found.append(killing.result().strip())

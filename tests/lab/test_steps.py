@@ -11,6 +11,7 @@ from e2b import Sandbox, SandboxException, SandboxState
 from tests.lab.support import (
     NODE,
     PATIENCE,
+    WATCHING,
     InLab,
     NewSandbox,
     answers,
@@ -128,12 +129,12 @@ def test_a_pause_that_fills_the_disk_is_refused_and_the_sandbox_runs_on(new_sand
 
 def appears(pattern: str) -> str:
     """A shell command that ends when a file of this name is there. No process is started for a look."""
-    return f'while :; do set -- {pattern}; [ -e "$1" ] && break; done'
+    return f'touch {WATCHING}; while :; do set -- {pattern}; [ -e "$1" ] && break; done'
 
 
 def grows(folder: str) -> str:
     """A shell command that ends when there is one more file in the folder."""
-    return f"set -- {folder}/*; n=$#; while :; do set -- {folder}/*; [ $# -gt $n ] && break; done"
+    return f"set -- {folder}/*; n=$#; touch {WATCHING}; while :; do set -- {folder}/*; [ $# -gt $n ] && break; done"
 
 
 def of_record(sandbox: Sandbox) -> str:
@@ -199,7 +200,9 @@ def test_a_node_killed_in_the_middle_of_a_cold_resume_loses_nothing(new_sandbox:
 def test_a_node_killed_in_the_middle_of_a_pause_of_files_loses_none(new_sandbox: NewSandbox, in_lab: InLab) -> None:
     sandbox = with_work(new_sandbox)
     machine, _ = machine_of(in_lab, sandbox)
-    written = f'until grep -q \'"state":"paused"\' {NODE}/records/{sandbox.sandbox_id}.json; do :; done'
+    written = (
+        f'touch {WATCHING}; until grep -q \'"state":"paused"\' {NODE}/records/{sandbox.sandbox_id}.json; do :; done'
+    )
 
     with node_killed(in_lab, written):
         sandbox.pause(mode="filesystem", request_timeout=PATIENCE)
@@ -257,9 +260,9 @@ def test_a_firecracker_that_fails_in_the_middle_of_a_save_is_told(
     sandbox = with_work(new_sandbox)
     machine, pid = machine_of(in_lab, sandbox)
     saving = appears(f"{NODE}/saved/{sandbox.sandbox_id}-*")
-    watch = f"touch /run/watching; {saving}; kill -{signal} {pid}; sleep 5; kill -CONT {pid}"
-    in_lab(f"rm -f /run/watching; setsid sh -c {shlex.quote(watch)} >/dev/null 2>&1 </dev/null &")
-    in_lab("until [ -e /run/watching ]; do :; done")
+    watch = f"{saving}; kill -{signal} {pid}; sleep 5; kill -CONT {pid}"
+    in_lab(f"rm -f {WATCHING}; setsid sh -c {shlex.quote(watch)} >/dev/null 2>&1 </dev/null &")
+    in_lab(f"until [ -e {WATCHING} ]; do sleep 0.05; done")
 
     if signal == "STOP":
         sandbox.pause(request_timeout=PATIENCE)

@@ -90,7 +90,7 @@ def install(into: Path, source: Path | None = None) -> Binaries:
     except (OSError, HTTPException, *_NO_ARCHIVE) as error:
         why = " ".join(str(error).split())[:300]
         raise FirecrackerError(
-            f"Firecracker {VERSION} could not be installed: {why}; `emberbox setup --from FOLDER` takes it from a folder"
+            f"Firecracker {VERSION} could not be installed: {why}; `emberbox setup --from FOLDER` has it too"
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
