@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 from e2b import Sandbox, SandboxException, SandboxState
+from e2b.exceptions import ServiceBusyException
 
 NewSandbox = Callable[[], Sandbox]
 InLab = Callable[[str], str]
@@ -69,8 +70,9 @@ def node_process(in_lab: InLab) -> int:
     return next(int(each["pid"]) for each in json.loads(printed)["processes"] if each["name"] == "node")
 
 
-def node_is_back(in_lab: InLab, before: int) -> bool:
-    return int(in_lab(f"grep -c node.listening {NODE}/../logs/node.log")) > before
+def node_connections(in_lab: InLab) -> int:
+    """How often a control plane has connected to the node."""
+    return int(in_lab(f"grep -c node.connected {NODE}/../logs/api.log"))
 
 
 @contextlib.contextmanager
@@ -88,7 +90,7 @@ def node_killed(in_lab: InLab, wait: str, look: str = "true") -> Iterator[list[s
 
     Yields a list that has, after the block, what `look` printed right after the kill.
     """
-    before = int(in_lab(f"grep -c node.listening {NODE}/../logs/node.log"))
+    before = node_connections(in_lab)
     pid = node_process(in_lab)
     found: list[str] = []
     in_lab(f"rm -f {WATCHING}")
@@ -96,10 +98,10 @@ def node_killed(in_lab: InLab, wait: str, look: str = "true") -> Iterator[list[s
         # Not longer than the test waits for it: it would kill the node of another one.
         killing = pool.submit(in_lab, f"timeout 240 sh -c {shlex.quote(wait)} && kill -9 {pid} && {{ {look}; }}")
         in_lab(f"until [ -e {WATCHING} ]; do sleep 0.05; done")
-        with contextlib.suppress(SandboxException, OSError, httpx.HTTPError):
+        with contextlib.suppress(SandboxException, ServiceBusyException, OSError, httpx.HTTPError):
             yield found
         found.append(killing.result().strip())
-    until("the node is back", lambda: node_is_back(in_lab, before))
+    until("the node is back", lambda: node_connections(in_lab) > before)
 
 
 def use_up_the_pool(new_sandbox: NewSandbox) -> None:
