@@ -152,6 +152,10 @@ class Lifecycle:
         except NotFound as error:
             await self._ended(sandbox_id, "lost")
             raise sandbox_not_found(sandbox_id) from error
+        except Interrupted as error:
+            # Not a conflict, which clients take for a pause that was there already.
+            await asyncio.shield(self._not_done(record, Event.PAUSE_FAILED, error))
+            raise NodeUnavailable(f"sandbox {sandbox_id!r} was not paused: {error.message}") from error
         except BaseException as error:
             await asyncio.shield(self._not_done(record, Event.PAUSE_FAILED, error))
             raise

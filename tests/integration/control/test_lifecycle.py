@@ -359,6 +359,26 @@ async def test_a_pause_that_the_node_refuses_ends_where_the_node_says(world: Wor
     await eventually(lambda: (sandbox_id in world.edge.routes) == (machine == "running"))
 
 
+async def test_a_pause_whose_machine_dies_meanwhile_is_not_told_as_one(world: World) -> None:
+    """To clients 409 says that it is paused."""
+    sandbox_id = (await world.create())["sandboxID"]
+
+    async def dies(_request: object) -> None:
+        await world.node.end(sandbox_id, pb.END_REASON_DIED, "killed")
+        raise Refuse(grpc.StatusCode.ABORTED, "its machine ended")
+
+    world.node.before["Pause"] = dies
+    answer = await world.client.post(f"/sandboxes/{sandbox_id}/pause")
+
+    assert answer.status_code == 503
+    assert "was not paused: its machine ended" in answer.json()["message"]
+
+    async def ended() -> bool:
+        return await world.state_of(sandbox_id) == "ended"
+
+    await eventually(ended)
+
+
 async def test_what_the_node_has_no_room_for_may_be_tried_again(world: World) -> None:
     async def refuse(_request: object) -> None:
         raise Refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "no memory left on the node")
