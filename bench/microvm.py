@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import http.client
 import json
 import os
@@ -32,6 +31,7 @@ from emberbox.linux import netns, sparse, taps
 from emberbox.linux.netlink import Netlink
 from emberbox.linux.processes import ProcessId, end_and_wait, identify
 from emberbox.runtime.firecracker import snapshots
+from emberbox.runtime.firecracker.runtime import disable_huge_pages
 from emberbox.settings import Settings
 
 AGENT_PORT = 49983
@@ -41,7 +41,6 @@ DIRTIED_MIB = 20
 CROWD = (1, 10, 30)
 """Sandboxes that run, this one among them, when a create is measured."""
 FORKS = (1, 20)
-_PR_SET_THP_DISABLE = 41  # linux/prctl.h
 _AT_ONCE = 8
 """Bare machines that are started at the same time."""
 
@@ -242,7 +241,7 @@ def _spawn(root: Path) -> subprocess.Popen[bytes]:
 
 def _enter(root: Path) -> None:
     # As Emberbox has it, or the floor would hold more memory than a guest needs.
-    ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    disable_huge_pages()
     os.chroot(root)
     os.chdir("/")
 

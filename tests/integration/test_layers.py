@@ -164,7 +164,7 @@ async def test_a_layer_leaves_some_of_the_nodes_disk_free(tmp_path: Path, monkey
     root = _tree(tmp_path / "a")
     (root / "x").touch()
     os.truncate(root / "x", 1 << 20)
-    monkeypatch.setattr(layers, "_RESERVE_BYTES", shutil.disk_usage(tmp_path).total)
+    monkeypatch.setattr(layers, "RESERVE_BYTES", shutil.disk_usage(tmp_path).total)
 
     with pytest.raises(ImageError, match=r"this node's disk has .* free, .* files with holes .* in '/x'"):
         await store.pack(root)

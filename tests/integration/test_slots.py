@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import shutil
 import socket
@@ -138,8 +139,9 @@ def settings(internet: Internet) -> Iterator[Settings]:
     shutil.rmtree(data)
 
 
-@pytest.fixture
-async def slots(settings: Settings) -> AsyncIterator[Slots]:
+@contextlib.asynccontextmanager
+async def started(settings: Settings) -> AsyncIterator[Slots]:
+    """Slots of which nothing is left at the end."""
     slots = Slots(settings)
     await slots.start()
     yield slots
@@ -150,16 +152,17 @@ async def slots(settings: Settings) -> AsyncIterator[Slots]:
 
 
 @pytest.fixture
+async def slots(settings: Settings) -> AsyncIterator[Slots]:
+    async with started(settings) as made:
+        yield made
+
+
+@pytest.fixture
 async def unpooled(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Slots]:
     """Four slots that are made when they are taken, and need no rest."""
     monkeypatch.setattr("emberbox.node.slots._REUSE_AFTER_SECONDS", 0.0)
-    slots = Slots(settings.model_copy(update={"slots_ready": 0}))
-    await slots.start()
-    yield slots
-    for slot in list(slots._in_use.values()):
-        await slots.give_back(slot)
-    await slots.close()
-    assert _traces(settings) == []
+    async with started(settings.model_copy(update={"slots_ready": 0})) as made:
+        yield made
 
 
 @pytest.fixture

@@ -71,15 +71,13 @@ class BaseTemplate:
             await self._builds.adopt()
             description = await node.describe()
             current = await self._current(description)
+            message = ""
             if current is None:
                 await self._build_and_wait({}, "starting")
-            elif changed := self._changed(current, description):
-                log.info("base.outdated", build_id=current.id, changed=changed)
-                self.usable = True
-                await self._renew(current, changed)
-                return
-            self._startup = Startup("ready", fraction=1.0)
             self.usable = True
+            if current is not None and (changed := self._changed(current, description)):
+                message = await self._renew(current, changed)
+            self._startup = Startup("ready", fraction=1.0, message=message)
         except ControlError as error:
             log.error("base.failed", reason=error.message)
             shown = self.startup
@@ -133,19 +131,18 @@ class BaseTemplate:
             return "its recipe, or what it inherits from the host"
         return ""
 
-    async def _renew(self, current: BuildRecord, changed: str) -> None:
+    async def _renew(self, current: BuildRecord, changed: str) -> str:
+        """Build it again; returns why it is still the one of before, for people, or nothing."""
+        log.info("base.outdated", build_id=current.id, changed=changed)
         try:
             await self._build_and_wait(current.rates, f"building it again, as {changed} changed")
         except ControlError as error:
             log.error("base.not_renewed", reason=error.message)
-            self._startup = Startup(
-                "ready",
-                fraction=1.0,
-                message=f"{changed} changed, and the base template could not be built again: {error.message}\n"
-                "The one of before stays in use; try again with `emberbox template build base`",
+            return (
+                f"{changed} changed, and the base template could not be built again: {error.message}\n"
+                "The one of before stays in use; try again with `emberbox template build base`"
             )
-            return
-        self._startup = Startup("ready", fraction=1.0)
+        return ""
 
     async def _build_and_wait(self, rates: Mapping[str, int], stage: str) -> None:
         """Build it, or go on with a build of an earlier process.

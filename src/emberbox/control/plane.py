@@ -65,9 +65,8 @@ class Plane:
 
         Layers that other builds stand on stay.
         """
-        if build.node_id:
-            await leftovers.add(self.store, build)
-            await self._remove_leftover(Leftover(build.id, build.node_id, build.snapshot_id, build.layers))
+        for left in await leftovers.add(self.store, build):
+            await self.remove_leftover(left)
 
     async def remove_leftovers(self) -> None:
         """Remove what could not be removed when it was deleted, of the nodes that are there."""
@@ -79,10 +78,10 @@ class Plane:
                     if left.snapshot_id is None:
                         with contextlib.suppress(ControlError):  # it may go on there since before it was deleted
                             await node.cancel_build(left.build_id)
-                    await self._remove_leftover(left)
+                    await self.remove_leftover(left)
 
-    async def _remove_leftover(self, left: Leftover) -> None:
-        """Have a node remove what was deleted here."""
+    async def remove_leftover(self, left: Leftover) -> None:
+        """Have a node remove what was deleted here; if it cannot now, when it is seen again."""
         try:
             node = self.nodes.get(left.node_id)
             if left.snapshot_id is not None:

@@ -12,7 +12,7 @@ from emberbox.control.errors import Forbidden, Invalid, NotFound
 from emberbox.control.names import DEFAULT_TAG, TemplateRef, did_you_mean, parse_ref
 from emberbox.control.plane import Plane
 from emberbox.store import templates as rows
-from emberbox.store.records import BuildLogRecord, BuildRecord, TeamRecord, TemplateRecord
+from emberbox.store.records import BuildLogRecord, BuildRecord, Leftover, TeamRecord, TemplateRecord
 
 log = structlog.get_logger()
 
@@ -258,9 +258,9 @@ class Templates:
             await self._gone(await rows.delete_build(self._plane.store, build.id))
             log.info("build.removed", build_id=build.id, template_id=build.template_id)
 
-    async def _gone(self, builds: list[BuildRecord]) -> None:
-        for build in builds:
-            await self._plane.delete_on_node(build)
+    async def _gone(self, leftovers: list[Leftover]) -> None:
+        for left in leftovers:
+            await self._plane.remove_leftover(left)
 
     async def _find(self, team: TeamRecord, ref: TemplateRef) -> tuple[TemplateRecord, str | None, BuildRecord | None]:
         store = self._plane.store

@@ -31,6 +31,7 @@ import structlog
 from emberbox.control.clock import now_ms
 from emberbox.control.errors import Forbidden, Invalid, StorageFull, TooLarge
 from emberbox.control.plane import Plane
+from emberbox.room import RESERVE_BYTES, mib
 from emberbox.threads import to_thread_whole
 
 log = structlog.get_logger()
@@ -61,8 +62,6 @@ _FRESH_SECONDS = LINK_SECONDS
 """An archive that was used or asked for lately is kept: a client that was told it is there starts its build soon."""
 _LEAST_BYTES = 64 * 1024
 """What an archive counts for at least, so that the limit of a team bounds their number too."""
-_FREE_BYTES = 512 * 1024 * 1024
-"""Left free on the disk, which may be the one that machines and the database write to."""
 
 _Key = tuple[str, str]
 """Of an archive: team and hash."""
@@ -472,16 +471,16 @@ def _admit(partial: Path, length: int, rules: _Rules) -> IO[bytes]:
     going, held = _superfluous(folder, rules, room=room)
     if held + room > rules.team_bytes:
         raise StorageFull(
-            f"the team's uploaded archives would come to {_mib(held + room)}, and {_mib(rules.team_bytes)} are allowed "
+            f"the team's uploaded archives would come to {mib(held + room)}, and {mib(rules.team_bytes)} are allowed "
             "(EMBERBOX_UPLOADS_MB_PER_TEAM); upload less, or try again later: archives that no build has used for "
             f"{_FRESH_SECONDS // 60} minutes make room"
         )
     for path in going:
         path.unlink(missing_ok=True)
     free = shutil.disk_usage(folder).free
-    if free < length + _FREE_BYTES:
+    if free < length + RESERVE_BYTES:
         raise StorageFull(
-            f"the server's disk has {_mib(free)} free, and an upload of {_mib(length)} must leave {_mib(_FREE_BYTES)}; "
+            f"the server's disk has {mib(free)} free, and an upload of {mib(length)} must leave {mib(RESERVE_BYTES)}; "
             "delete templates or snapshots, or have the disk enlarged"
         )
     file = partial.open("xb")
@@ -531,7 +530,3 @@ def _superfluous(folder: Path, rules: _Rules, *, room: int = 0) -> tuple[list[Pa
             going.append(path)
             held -= size
     return going, held
-
-
-def _mib(size: int) -> str:
-    return f"{-(-size // 1024**2)} MiB"

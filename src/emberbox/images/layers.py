@@ -24,14 +24,13 @@ from pathlib import Path
 from emberbox.commands import CommandFailed, run
 from emberbox.images.errors import ImageError
 from emberbox.linux import sparse
+from emberbox.room import RESERVE_BYTES, mib
 from emberbox.threads import to_thread_whole
 
 SUFFIX = ".erofs"
 DISK_SUFFIX = ".ext4"
 _SUFFIXES = (SUFFIX, DISK_SUFFIX)
 _PACK_SECONDS = 1800.0
-_RESERVE_BYTES = 512 * 1024 * 1024
-"""Left free on the layers' disk, as where uppers are made: machines write to the same one."""
 _SUPERBLOCK, _BUILD_TIME, _EROFS_MAGIC = 1024, 24, 0xE0F5E1E2  # seconds (8 bytes) and nanoseconds (4): erofs_fs.h
 _UUID = "00000000-0000-0000-0000-000000000000"
 """A random one would give equal content another digest."""
@@ -169,17 +168,17 @@ def _make_room(draft: Path, root: Path, below_bytes: int) -> None:
         holes += f" (the largest holes are in {files.sparsest[:200]!r})"
     if files.size_bytes > most:
         raise ImageError(
-            f"the files come to {_mib(files.size_bytes)}, more than the {_mib(most)} of their disk: {holes}; remove "
+            f"the files come to {mib(files.size_bytes)}, more than the {mib(most)} of their disk: {holes}; remove "
             "them, or make them smaller, in the step that makes them"
         )
     with _check:
         others = [(path, size) for path, size in list(_packing.items()) if path.parents[1] == draft.parents[1]]
         coming = sum(max(0, size - _allocated(path)) for path, size in others)
-        needed = files.size_bytes + coming + _RESERVE_BYTES
+        needed = files.size_bytes + coming + RESERVE_BYTES
         free = shutil.disk_usage(draft.parent).free
         if needed > free:
             raise ImageError(
-                f"this node's disk has {_mib(free)} free, and {_mib(needed)} are needed: {holes}; make them smaller, "
+                f"this node's disk has {mib(free)} free, and {mib(needed)} are needed: {holes}; make them smaller, "
                 "delete templates or snapshots, or enlarge the disk"
             )
         _packing[draft] = files.size_bytes
@@ -215,10 +214,6 @@ def _allocated(path: Path) -> int:
         return sparse.allocated(path)
     except FileNotFoundError:
         return 0
-
-
-def _mib(size: int) -> str:
-    return f"{-(-size // 1024**2)} MiB"
 
 
 def _clear_build_time(image: Path) -> None:

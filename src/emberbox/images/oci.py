@@ -28,6 +28,7 @@ from emberbox.images.layers import LayerStore
 from emberbox.images.references import host_architecture, parse
 from emberbox.images.registry import MIB, Manifest, Registry, registry
 from emberbox.linux import loops, mounts
+from emberbox.room import RESERVE_BYTES
 from emberbox.settings import Settings
 from emberbox.threads import to_thread_whole
 
@@ -35,7 +36,6 @@ log = structlog.get_logger("emberbox.images")
 
 _UNPACK_SECONDS = 1800.0
 _FORMAT_SECONDS = 120.0
-_RESERVE_BYTES = 512 * MIB
 _PREFIX = "pull-"
 
 
@@ -175,7 +175,7 @@ class Images:
     def _check_room(self, manifest: Manifest) -> None:
         free = shutil.disk_usage(self._work).free
         # The copy, the unpacked files (three times as large as a rule) and the layer.
-        needed = 5 * manifest.compressed_bytes + _RESERVE_BYTES
+        needed = 5 * manifest.compressed_bytes + RESERVE_BYTES
         if free < needed:
             raise ImageError(
                 f"this node's disk has {free // MIB} MiB free, and the image may need {needed // MIB}; delete "

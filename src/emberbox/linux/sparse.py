@@ -30,17 +30,27 @@ _libc = ctypes.CDLL(None)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
-def clone(source: Path, target: Path, *, mode: int = 0o600) -> bool:
+class TooMuchToCopy(Exception):
+    """Blocks cannot be shared, and there are more than were to be copied."""
+
+
+def clone(source: Path, target: Path, *, mode: int = 0o600, most: int | None = None) -> bool:
     """Make the new file `target` an independent copy of `source`, with the same holes; tells whether blocks are shared.
+
+    Args:
+        most: bytes that may be copied; None: as many as there are.
 
     Raises:
         OSError: `target` exists, or the disk is full; a half-made `target` is removed.
+        TooMuchToCopy: there are more than `most`; there is no `target`.
     """
     with source.open("rb") as reader:
         writer = os.open(target, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, mode)
         try:
             shared = _reflink(reader.fileno(), writer)
             if not shared:
+                if most is not None and allocated(source) > most:
+                    raise TooMuchToCopy
                 os.ftruncate(writer, os.fstat(reader.fileno()).st_size)
                 _copy_data(reader.fileno(), writer)
         except BaseException:
@@ -57,19 +67,11 @@ def clone_cheaply(source: Path, target: Path, *, most: int) -> bool:
     Raises:
         OSError: as `clone`.
     """
-    if allocated(source) <= most:
-        clone(source, target)
-        return True
-    shared = False
-    with source.open("rb") as reader:
-        writer = os.open(target, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        try:
-            shared = _reflink(reader.fileno(), writer)
-        finally:
-            os.close(writer)
-            if not shared:
-                target.unlink(missing_ok=True)
-    return shared
+    try:
+        clone(source, target, most=most)
+    except TooMuchToCopy:
+        return False
+    return True
 
 
 def overlay(changes: Path, onto: Path) -> int:

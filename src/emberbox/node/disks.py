@@ -10,21 +10,20 @@ import errno
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from emberbox.commands import CommandFailed, run
 from emberbox.images.layers import LayerStore
-from emberbox.linux.sparse import clone, clone_cheaply
+from emberbox.linux import sparse
 from emberbox.node.errors import DiskFailure, DiskFull, LayerMissing
+from emberbox.room import RESERVE_BYTES
 from emberbox.settings import Settings
 from emberbox.threads import to_thread_whole
 
 MIB = 1024 * 1024
 
 _FORMAT_SECONDS = 120.0
-_RESERVE_BYTES = 512 * MIB
-"""Kept free on the node's disk: running machines still grow, and the node writes its own records."""
-
 _CHEAP_BYTES = 512 * MIB
 
 
@@ -78,7 +77,7 @@ class Disks:
             DiskFailure: the copy could not be made.
         """
         await self.ensure_free(0)
-        return await self._clone(source, target, lambda: clone_cheaply(source, target, most=_CHEAP_BYTES))
+        return await self._clone(source, target, partial(sparse.clone_cheaply, most=_CHEAP_BYTES))
 
     async def used_bytes(self, path: Path) -> int:
         """What an image takes up on the node's disk. Blocks shared with other images count in each."""
@@ -87,9 +86,9 @@ class Disks:
     async def ensure_free(self, bytes: int) -> None:
         """Raise `DiskFull` unless `bytes` more fit on the node's disk, with the reserve left over."""
         free = await asyncio.to_thread(self._free_bytes)
-        if free < bytes + _RESERVE_BYTES:
+        if free < bytes + RESERVE_BYTES:
             raise DiskFull(
-                f"the node's disk has {free // MIB} MiB free and {(bytes + _RESERVE_BYTES) // MIB} are needed; "
+                f"the node's disk has {free // MIB} MiB free and {(bytes + RESERVE_BYTES) // MIB} are needed; "
                 f"delete snapshots or templates, or enlarge the disk of {self._directory}"
             )
 
@@ -98,9 +97,9 @@ class Disks:
         state = os.statvfs(self._directory)
         return state.f_bavail * state.f_frsize
 
-    async def _clone(self, source: Path, target: Path, work: Callable[[], bool] | None = None) -> bool:
+    async def _clone(self, source: Path, target: Path, how: Callable[[Path, Path], bool] = sparse.clone) -> bool:
         try:
-            return await to_thread_whole(work or (lambda: clone(source, target)))
+            return await to_thread_whole(how, source, target)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull(f"the node's disk became full while {source.name} was copied") from error

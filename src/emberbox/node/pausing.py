@@ -213,6 +213,10 @@ class Pausing:
         upper = await self.flushed(running)
         if upper is None:
             return await self._start_again(running, saved)
+        return await self._start_on_copy(running, saved, upper)
+
+    async def _start_on_copy(self, running: SandboxRecord, saved: Saved, upper: Path) -> Hosted:
+        """Start cold on `upper`, a copy of a disk, which goes again when that fails."""
         try:
             return await self._start_again(running, replace(saved, upper=upper), upper=upper)
         except BaseException:
@@ -256,17 +260,13 @@ class Pausing:
         self._hosting.check_unused(left)
         assert running.saved is not None
         saved = running.saved.within(self._hosting.uppers_dir)
-        upper = self._hosting.uppers_dir / f"{sandbox.sandbox_id}-{secrets.token_hex(4)}.ext4"
-        if not await self._copied(left, upper):
-            upper = left
-        try:
-            hosted = await self._start_again(running, replace(saved, upper=upper), upper=upper)
-        except BaseException:
-            if upper != left:
-                await finish(remove_file(upper))
-            raise
-        used_up = None if upper == left else lambda: remove_file(left)
-        await finish(self._settle_running(sandbox, hosted, running, used_up=used_up))
+        copy = self._hosting.uppers_dir / f"{sandbox.sandbox_id}-{secrets.token_hex(4)}.ext4"
+        if await self._copied(left, copy):
+            hosted = await self._start_on_copy(running, saved, copy)
+            await finish(self._settle_running(sandbox, hosted, running, used_up=lambda: remove_file(left)))
+        else:
+            hosted = await self._start_again(running, saved, upper=left)
+            await finish(self._settle_running(sandbox, hosted, running, used_up=None))
 
     async def _copied(self, disk: Path, copy: Path) -> bool:
         try:

@@ -12,21 +12,22 @@ from emberbox.store.records import BuildRecord, Leftover, fields, values
 from emberbox.store.tables import leftovers
 
 
-async def note(store: Store, connection: Connection, builds: Iterable[BuildRecord]) -> None:
-    """Write down those of `builds` that are on a node, within a transaction. One that is there already stays."""
-    rows = [
-        values(Leftover(build.id, build.node_id, build.snapshot_id, list(build.layers)))
-        for build in builds
-        if build.node_id
+async def note(store: Store, connection: Connection, builds: Iterable[BuildRecord]) -> list[Leftover]:
+    """Write down those of `builds` that are on a node, within a transaction, and return them. One that is there already
+    stays as it is."""
+    noted = [
+        Leftover(build.id, build.node_id, build.snapshot_id, list(build.layers)) for build in builds if build.node_id
     ]
-    if rows:
+    if noted:
+        rows = [values(left) for left in noted]
         await connection.execute(store.insert(leftovers).values(rows).on_conflict_do_nothing())
+    return noted
 
 
-async def add(store: Store, build: BuildRecord) -> None:
-    """Write down one of a build whose row stays, or is gone already."""
+async def add(store: Store, build: BuildRecord) -> list[Leftover]:
+    """Write down one of a build whose row stays, or is gone already; returns as `note`."""
     async with store.write() as connection:
-        await note(store, connection, [build])
+        return await note(store, connection, [build])
 
 
 async def of_node(store: Store, node_id: str) -> list[Leftover]:

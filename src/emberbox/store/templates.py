@@ -12,7 +12,7 @@ from emberbox.store import leftovers
 from emberbox.store.connection import Connection
 from emberbox.store.engine import Store
 from emberbox.store.errors import DuplicateName
-from emberbox.store.records import BuildLogRecord, BuildRecord, TagRecord, TemplateRecord, fields, values
+from emberbox.store.records import BuildLogRecord, BuildRecord, Leftover, TagRecord, TemplateRecord, fields, values
 from emberbox.store.tables import (
     build_logs,
     template_aliases,
@@ -315,22 +315,22 @@ async def builds_in(store: Store, statuses: Iterable[str], *, team_id: str | Non
         return [BuildRecord(**fields(row)) for row in await connection.execute(query)]
 
 
-async def delete_template(store: Store, template_id: str) -> list[BuildRecord]:
-    """Remove a template and all that is its own; returns its builds, which are `leftovers` of their nodes now."""
+async def delete_template(store: Store, template_id: str) -> list[Leftover]:
+    """Remove a template and all that is its own; returns what its nodes are to remove now."""
     async with store.write() as connection:
-        builds = await _builds(connection, template_builds.c.template_id == template_id)
-        await leftovers.note(store, connection, builds)
+        left = await leftovers.note(
+            store, connection, await _builds(connection, template_builds.c.template_id == template_id)
+        )
         await connection.execute(delete(templates).where(templates.c.id == template_id))
-        return builds
+        return left
 
 
-async def delete_build(store: Store, build_id: str) -> list[BuildRecord]:
+async def delete_build(store: Store, build_id: str) -> list[Leftover]:
     """Remove one build; returns as `delete_template`."""
     async with store.write() as connection:
-        builds = await _builds(connection, template_builds.c.id == build_id)
-        await leftovers.note(store, connection, builds)
+        left = await leftovers.note(store, connection, await _builds(connection, template_builds.c.id == build_id))
         await connection.execute(delete(template_builds).where(template_builds.c.id == build_id))
-        return builds
+        return left
 
 
 async def unused_layers(store: Store, layers: Iterable[str], *, but_by: str) -> set[str]:

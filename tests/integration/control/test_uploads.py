@@ -149,7 +149,7 @@ async def test_a_refused_upload_takes_nobodys_place() -> None:
 
 async def test_an_upload_leaves_some_of_the_disk_free(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     await register(world)
-    monkeypatch.setattr(uploads, "_FREE_BYTES", 1 << 60)
+    monkeypatch.setattr(uploads, "RESERVE_BYTES", 1 << 60)
 
     answer = await put(world, 0)
 
