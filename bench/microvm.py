@@ -30,8 +30,8 @@ from common import ROOT, Result, Row, main, percentile
 from emberbox.linux import netns, sparse, taps
 from emberbox.linux.netlink import Netlink
 from emberbox.linux.processes import ProcessId, end_and_wait, identify
+from emberbox.node.firewall import CONNECTIONS_PER_SLOT
 from emberbox.runtime.firecracker import snapshots
-from emberbox.runtime.firecracker.runtime import disable_huge_pages
 from emberbox.settings import Settings
 
 AGENT_PORT = 49983
@@ -154,7 +154,7 @@ def bare_namespace(place: Place) -> Iterator[None]:
             netlink.add_address("eth0", IPv4Interface(f"{place.machine}/30"))
             netlink.set_up("eth0")
             netlink.add_default_route(place.host)
-        taps.add(place.machine, place.host)
+        taps.add(place.machine, place.host, connections=CONNECTIONS_PER_SLOT)
 
     netns.create(place.name, lambda: None)
     try:
@@ -240,8 +240,6 @@ def _spawn(root: Path) -> subprocess.Popen[bytes]:
 
 
 def _enter(root: Path) -> None:
-    # As Emberbox has it, or the floor would hold more memory than a guest needs.
-    disable_huge_pages()
     os.chroot(root)
     os.chdir("/")
 

@@ -94,7 +94,7 @@ class FirecrackerRuntime:
         if reason := changes.why_not_held(settings.machines_dir.parent):
             log.warning("microvm.changes_merged", reason=reason)
             self._most_written = 0
-        disable_huge_pages()
+        _disable_huge_pages()
 
     @classmethod
     async def open(cls, settings: FirecrackerSettings) -> FirecrackerRuntime:
@@ -424,7 +424,7 @@ def _refuse_other_size(spec: MachineSpec, manifest: snapshots.Manifest) -> None:
         )
 
 
-def disable_huge_pages() -> None:
+def _disable_huge_pages() -> None:
     """Turn transparent huge pages off for machines started from here (inherited over exec).
 
     A private mapping of a memory file gains nothing from them, and a restored, idle machine needs 2.6 MB with them
