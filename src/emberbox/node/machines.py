@@ -529,7 +529,7 @@ class Machines:
         try:
             async with asyncio.timeout(_PAUSE_SECONDS * self.hosting.time_scale):
                 await sandbox.operate(pause)
-        except (NoSuchSandbox, WrongState):
+        except (NoSuchSandbox, WrongState, Interrupted):  # it is ended, or its end is under way
             return
         except Exception as error:
             log.error("sandbox.pause_failed", sandbox_id=sandbox.sandbox_id, exc_info=error)

@@ -26,6 +26,7 @@ async def nothing_of_a_failed_test_stays(request: pytest.FixtureRequest) -> Asyn
     yield
     if "node" in request.fixturenames:
         node: NodeProcess = request.getfixturevalue("node")
+        print("\n".join(node.log.read_text().splitlines()[-100:]))  # seen when the test failed
         for machine in await node.state():
             if machine.state == wire.MACHINE_STATE_ENDED:
                 await node.stub.Acknowledge(wire.AcknowledgeRequest(sandbox_ids=[machine.sandbox_id]), timeout=300)

@@ -139,6 +139,7 @@ async def test_forks_are_copies_of_the_same_instant(node: NodeProcess) -> None:
     ]
 
     answer = await node.stub.Fork(wire.ForkRequest(sandbox_id=source.sandbox_id, creates=creates), timeout=300)
+    assert [result.error for result in answer.results] == [""] * 3
     outputs = [
         await run(result.machine.address, "cat file; cat /etc/machine-id", token="other-token")
         for result in answer.results

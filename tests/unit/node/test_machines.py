@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from emberbox.node.errors import (
     AgentFailure,
@@ -435,6 +436,20 @@ async def test_a_deadline_pauses_when_asked(
             event = await subscription.next()
 
     assert (event.state, event.memory_kept) == (State.PAUSED, kept)
+
+
+async def test_a_kill_while_the_deadline_pauses_it_is_no_failure_of_the_pause(make_world: Any) -> None:
+    world = await make_world()
+    reached = world.runtime.hold("pause")
+    await world.create("s1", deadline_ms=later(30), on_timeout=TimeoutAction.PAUSE)
+    await reached.wait()
+
+    with capture_logs() as logged:
+        await world.node.machines.kill("s1")
+        await until(lambda: not any(task.get_name() == "expire s1" for task in asyncio.all_tasks()))
+
+    assert world.left() == {}
+    assert [entry for entry in logged if entry["log_level"] == "error"] == []
 
 
 async def test_a_deadline_can_be_moved_and_only_extended(make_world: Any) -> None:
