@@ -268,7 +268,7 @@ def local_registries(builder_host: Host, registries: tuple[LocalRegistry, ...]) 
 def _builder_settings(tree: str, registries: tuple[LocalRegistry, ...]) -> dict[str, str]:
     """A template has little time to become ready, and a small one is shipped."""
     return {
-        "EMBERBOX_READY_SECONDS": "20",
+        "EMBERBOX_READY_SECONDS": "7",
         "EMBERBOX_TEMPLATES_DIR": f"{tree}/tests/clients/shipped",
         "EMBERBOX_INSECURE_REGISTRIES": json.dumps([each.host for each in registries]),
     }

@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.root,
     pytest.mark.skipif(os.geteuid() != 0, reason="a name server of its own needs root"),
     pytest.mark.timeout(seconds(1800)),
+    pytest.mark.xdist_group("domain"),
 ]
 NAME = "sandboxes.test"
 

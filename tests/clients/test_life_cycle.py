@@ -156,10 +156,11 @@ def test_a_background_command_survives_pause_and_resume(make_sandbox):
 
 
 def test_paused_time_does_not_consume_the_timeout(make_sandbox):
-    sandbox = make_sandbox(timeout=whole_seconds(12))
+    sandbox = make_sandbox()
 
+    sandbox.set_timeout(whole_seconds(20))
     sandbox.pause()
-    time.sleep(seconds(14))
+    time.sleep(seconds(22))
     state = Sandbox.get_info(sandbox.sandbox_id).state
     again = sandbox.connect(timeout=whole_seconds(300))
 

@@ -240,7 +240,7 @@ async def test_a_cancelled_command_ends(emberbox, mode):
 async def test_a_command_is_killed_at_its_timeout_and_one_in_the_background_goes_on(emberbox):
     async with over_http(emberbox) as client, a_sandbox(client) as sandbox_id:
         it = {"sandboxID": sandbox_id}
-        late = await called(client, "e2b-run-command", **it, command="echo early; sleep 99", timeout=seconds(4))
+        late = await called(client, "e2b-run-command", **it, command="echo early; sleep 99", timeout=seconds(20))
         going = await called(client, "e2b-run-command", **it, command="sleep 1; echo done > /tmp/it", background=True)
 
         async def written() -> bool:

@@ -18,8 +18,9 @@ from tests.clients.support import servers
 from tests.clients.support.raw import websocket
 from tests.clients.support.timing import seconds, whole_seconds
 
-# Of the call that ends the machine nothing is counted: how long a machine takes to stop is not the stream's matter.
-LIMIT = 10.0
+# A stream that is cut ends at once, one that is not hangs; a busy machine stands between. Of the call that ends the
+# machine nothing is counted: how long a machine takes to stop is not the stream's matter.
+LIMIT = 60.0
 
 
 class Reader:

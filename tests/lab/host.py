@@ -6,6 +6,7 @@ removes the folder. The cached image itself is never written.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -201,14 +202,16 @@ class Lab:
                 log = _read_tail(self.state / "qemu.log")
                 raise LabError(f"QEMU ended ({process.returncode}): {log}\n{self.console()}")
             if "lab: host is up" in self.console():
-                try:
-                    now = f"date -s @{int(time.time())}"
-                    if self.shell(now, capture=True, timeout=60).returncode == 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    # The clock is set over a connection that is there already: the first command waits for it.
+                    connected = self.shell("true", capture=True, timeout=60).returncode == 0
+                    if connected and self._set_clock():
                         return
-                except subprocess.TimeoutExpired:
-                    pass
             time.sleep(0.3)
         raise LabError(f"the lab did not answer in time; its console's end:\n{self.console()}")
+
+    def _set_clock(self) -> bool:
+        return self.shell(f"date -s @{time.time():.3f}", capture=True, timeout=60).returncode == 0
 
     def _make_key(self) -> str:
         path = self.state / "key"

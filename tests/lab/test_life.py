@@ -197,7 +197,7 @@ def test_a_firecracker_that_is_killed_ends_its_sandbox_and_leaves_nothing(
 
 def test_a_machine_outlives_its_node_and_is_found_again(new_sandbox: NewSandbox, in_lab: InLab) -> None:
     sandbox = new_sandbox()
-    counter = "n=0; while true; do n=$((n+1)); echo $n > ~/count; sleep 0.2; done"
+    counter = "n=0; while true; do n=$((n+1)); echo $n > ~/next; mv ~/next ~/count; sleep 0.2; done"
     sandbox.commands.run(counter, background=True, timeout=0, request_timeout=PATIENCE)
     found = machine_of(in_lab, sandbox)
 
@@ -218,7 +218,7 @@ def test_a_node_killed_while_it_pauses_or_resumes_loses_no_sandbox(
     new_sandbox: NewSandbox, in_lab: InLab, after: float
 ) -> None:
     sandbox = new_sandbox()
-    counter = "n=0; while true; do n=$((n+1)); echo $n > ~/count; sleep 0.2; done"
+    counter = "n=0; while true; do n=$((n+1)); echo $n > ~/next; mv ~/next ~/count; sleep 0.2; done"
     sandbox.commands.run(counter, background=True, timeout=0, request_timeout=PATIENCE)
     run(sandbox, "echo kept > ~/kept; head -c 5000000 /dev/urandom > ~/noise; sha256sum ~/noise > ~/sum")
 

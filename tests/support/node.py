@@ -87,6 +87,7 @@ class NodeProcess:
             inherit_host_network=True,
             id_range_start=1_400_000_000,
             slots_ready=2,
+            time_scale=3.0,  # two tests at a time, on a machine that may stand still for seconds
             log_format="json",
             **changes,
         )
@@ -133,6 +134,7 @@ class NodeProcess:
             "EMBERBOX_BUILD_CACHE_MAX_MB": str(self.settings.build_cache_max_mb),
             "EMBERBOX_BUILD_SECONDS": str(self.settings.build_seconds),
             "EMBERBOX_READY_SECONDS": str(self.settings.ready_seconds),
+            "EMBERBOX_TIME_SCALE": str(self.settings.time_scale),
             "EMBERBOX_LOG_FORMAT": "json",
             "EMBERBOX_LOG_LEVEL": "debug",
         }

@@ -90,7 +90,7 @@ for (const end of ['kill', 'timeout']) {
     const moment = Date.now()
     const error = await waiting
 
-    assert.ok(Date.now() - moment < seconds(10), `${Date.now() - moment} ms`)
+    assert.ok(Date.now() - moment < seconds(60), `${Date.now() - moment} ms`)
     assert.ok(error instanceof TimeoutError || error instanceof SandboxError, `${error}`)
   })
 }

@@ -87,6 +87,7 @@ def start(*, settings: Mapping[str, str] | None = None) -> Emberbox:
     own = {
         "EMBERBOX_SLOT_NETWORK": claim_slot_network(data_dir),
         "EMBERBOX_DATA_DIR": data_dir,
+        "EMBERBOX_TIME_SCALE": "3",  # two tests at a time, on a machine that may stand still for seconds
         **({"EMBERBOX_INHERIT_HOST_NETWORK": "true"} if has_custom_ca() else {}),
         **(settings or {}),
     }
