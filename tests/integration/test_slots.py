@@ -151,6 +151,11 @@ async def started(settings: Settings) -> AsyncIterator[Slots]:
     assert _traces(settings) == []
 
 
+@pytest.fixture(autouse=True)
+def patient_forwarder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emberbox.node.dns._ANSWER_SECONDS", 20.0)
+
+
 @pytest.fixture
 async def slots(settings: Settings) -> AsyncIterator[Slots]:
     async with started(settings) as made:

@@ -181,11 +181,13 @@ class Hosting:
             RuntimeFailure: the runtime could not start it.
         """
         undo = contextlib.AsyncExitStack()
+        began = time.monotonic()
         self._starting += 1
         try:
             return await self._start(origin, limits, hostname, introduction, network, background, undo)
         except BaseException as error:
-            log.info("machine.start_undone", hostname=hostname, error=str(error) or type(error).__name__)
+            ms = round((time.monotonic() - began) * 1000)
+            log.info("machine.start_undone", hostname=hostname, error=str(error) or type(error).__name__, ms=ms)
             await finish(undo.aclose())
             raise
         finally:

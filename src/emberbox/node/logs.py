@@ -52,8 +52,11 @@ class _Cursor:
 class SandboxLogs:
     """Log files in `directory`."""
 
-    def __init__(self, directory: Path, *, keep_seconds: float, bound_bytes: int = _BOUND_BYTES) -> None:
+    def __init__(
+        self, directory: Path, *, keep_seconds: float, bound_bytes: int = _BOUND_BYTES, time_scale: float = 1.0
+    ) -> None:
         self._directory = directory
+        self._collect_seconds = _COLLECT_SECONDS * time_scale
         self._keep_seconds = keep_seconds
         self._bound = bound_bytes
         self._cursors: dict[str, _Cursor] = {}
@@ -73,7 +76,7 @@ class SandboxLogs:
                 elif cursor.agent is not agent:  # another machine, whose log begins anew
                     cursor = self._cursors[sandbox_id] = _Cursor(agent, 0, cursor.last_ms)
                     known_ms = cursor.last_ms
-                async with asyncio.timeout(_COLLECT_SECONDS):
+                async with asyncio.timeout(self._collect_seconds):
                     for _ in range(_MOST_BATCHES):
                         if not await self._collect_batch(sandbox_id, agent, cursor, known_ms):
                             break

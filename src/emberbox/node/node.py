@@ -52,7 +52,9 @@ class Node:
         self._lock: NodeLock | None = None
         self._tasks = Tasks()
         self.events = Events()
-        self.logs = SandboxLogs(self.directory / "logs", keep_seconds=settings.logs_keep_seconds)
+        self.logs = SandboxLogs(
+            self.directory / "logs", keep_seconds=settings.logs_keep_seconds, time_scale=settings.time_scale
+        )
         self.spares = (
             Spares(
                 slots,

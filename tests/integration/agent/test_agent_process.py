@@ -207,7 +207,7 @@ def test_a_silent_stream_is_kept_alive_at_the_asked_interval(machine: AgentMachi
     events = _stream(
         machine,
         "Start",
-        {"process": {"cmd": "sleep", "args": ["3.5"]}, "stdin": False},
+        {"process": {"cmd": "sleep", "args": ["10"]}, "stdin": False},
         {"Keepalive-Ping-Interval": "1"},
     )
     took = time.monotonic() - began

@@ -121,7 +121,7 @@ async def test_a_layer_that_only_the_cache_stands_on_goes_with_its_entry() -> No
 
 
 async def test_a_build_may_not_take_for_ever() -> None:
-    async with NodeProcess(warm_min=0, warm_max=0, build_seconds=20, ready_seconds=1) as node:
+    async with NodeProcess(warm_min=0, warm_max=0, build_seconds=40, ready_seconds=1) as node:
         never_ready = await build(node, start_command="sleep 100", ready_command="false")
         too_long = await build(node, step("RUN", "sleep 100"))
 

@@ -86,8 +86,11 @@ class Storm:
 
 async def stays(node: NodeProcess, sandbox_id: str) -> bool:
     """Move a sandbox's deadline away; False when it was quicker."""
+    later = wire.SetDeadlineRequest(sandbox_id=sandbox_id, deadline_unix_ms=now_ms() + 900_000)
+    waits_its_turn = wire.SetNetworkRequest(sandbox_id=sandbox_id, network=wire.Network(allow_internet=True))
     try:
-        await node.stub.SetDeadline(wire.SetDeadlineRequest(sandbox_id=sandbox_id, deadline_unix_ms=now_ms() + 900_000))
+        await node.stub.SetDeadline(later)
+        await node.stub.SetNetwork(waits_its_turn)  # fails after a pause that had begun
     except grpc.aio.AioRpcError:
         return False
     return True
