@@ -14,7 +14,7 @@ from e2b import (
     SandboxState,
 )
 
-from tests.clients.support.timing import eventually, seconds, whole_seconds
+from tests.clients.support.timing import eventually, whole_seconds
 
 
 def _left(sandbox_id: str) -> float:
@@ -158,9 +158,9 @@ def test_a_background_command_survives_pause_and_resume(make_sandbox):
 def test_paused_time_does_not_consume_the_timeout(make_sandbox):
     sandbox = make_sandbox()
 
-    sandbox.set_timeout(whole_seconds(20))
+    sandbox.set_timeout(20)
     sandbox.pause()
-    time.sleep(seconds(22))
+    time.sleep(22)
     state = Sandbox.get_info(sandbox.sandbox_id).state
     again = sandbox.connect(timeout=whole_seconds(300))
 
