@@ -24,7 +24,7 @@ from interpreter.results import result_event
 Event = dict[str, Any]
 
 _START_SECONDS = 180.0
-"""R takes seconds where Python takes one, and a busy host makes both many times slower. One that died is told at once."""
+"""R takes several times as long as Python, and a busy host stretches both. A kernel that died is told at once."""
 _OTHER_END_SECONDS = 2.0
 _ALIVE_EVERY = 0.2
 
