@@ -99,7 +99,7 @@ def test_a_guest_with_memory_on_both_sides_of_the_gap_below_4_gib_is_resumed_and
     """Firecracker maps what lies above 3 GiB apart from the rest, and the kernel takes that first."""
     Template.build(Template().from_template("base").run_cmd("true"), name, cpu_count=1, memory_mb=3584)
     sandbox = start()
-    look = "cksum < /dev/shm/numbers; awk '/MemTotal/ {print $2}' /proc/meminfo"
+    look = "md5sum < /dev/shm/numbers; awk '/MemTotal/ {print $2}' /proc/meminfo"
     said = run(sandbox, f"seq 1000000 > /dev/shm/numbers; {look}")
     assert int(said.split()[-1]) > 3 * 1024 * 1024
 

@@ -136,7 +136,7 @@ def test_changes_are_written_over_the_templates_memory_or_merged_with_it(
 ) -> None:
     """7 MB or 62 MB: a restore writes no more than 32 MiB itself."""
     sandbox = new_sandbox()
-    look = "cksum < /dev/shm/numbers"
+    look = "md5sum < /dev/shm/numbers"
     said = run(sandbox, f"seq {last} > /dev/shm/numbers; {look}")
 
     for _ in range(2):

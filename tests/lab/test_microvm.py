@@ -87,13 +87,13 @@ def test_the_guest_cannot_reach_the_host_or_another_sandbox(new_sandbox: NewSand
 def test_memory_that_is_given_up_takes_no_file_with_it(new_sandbox: NewSandbox) -> None:
     """A guest's kernel holds back what was just written."""
     sandbox = new_sandbox()
-    run(sandbox, "seq 100000 > ~/numbers; cksum < ~/numbers > ~/sum")
+    run(sandbox, "seq 100000 > ~/numbers; md5sum < ~/numbers > ~/sum")
     sandbox.commands.run("sleep 1000", background=True, timeout=0, request_timeout=PATIENCE)
     sandbox.pause(request_timeout=PATIENCE)
 
     sandbox.connect(timeout=3600, on_resume="reboot", request_timeout=PATIENCE)
 
-    assert run(sandbox, "cksum < ~/numbers | diff - ~/sum && echo same") == "same"
+    assert run(sandbox, "md5sum < ~/numbers | diff - ~/sum && echo same") == "same"
     assert run(sandbox, "pgrep -x sleep || echo none") == "none"
 
 

@@ -148,13 +148,13 @@ def with_work(new_sandbox: NewSandbox) -> Sandbox:
     """A sandbox with a counter in its memory and a file of some size."""
     sandbox = new_sandbox()
     sandbox.commands.run(COUNTER, background=True, timeout=0, request_timeout=PATIENCE)
-    run(sandbox, "seq 500000 > ~/numbers; cksum < ~/numbers > ~/sum")
+    run(sandbox, "seq 500000 > ~/numbers; md5sum < ~/numbers > ~/sum")
     return sandbox
 
 
 def is_whole(sandbox: Sandbox) -> bool:
     """Whether it has the files of `with_work`; it is resumed for that."""
-    return run(connect(sandbox), "cksum < ~/numbers | cmp - ~/sum && echo whole") == "whole"
+    return run(connect(sandbox), "md5sum < ~/numbers | cmp - ~/sum && echo whole") == "whole"
 
 
 def test_a_node_killed_in_the_middle_of_a_pause_loses_nothing(new_sandbox: NewSandbox, in_lab: InLab) -> None:
