@@ -25,6 +25,7 @@ from tests.clients.support.shared import SharedEmberbox
 from tests.clients.support.timing import seconds, whole_seconds
 from tests.support import registry
 from tests.support.registry import LocalRegistry
+from tests.support.scale import TIME_SCALE
 
 HERE = Path(__file__).parent
 GIVEN = instance.from_environment()
@@ -265,10 +266,14 @@ def local_registries(builder_host: Host, registries: tuple[LocalRegistry, ...]) 
     return registries
 
 
-def _builder_settings(tree: str, registries: tuple[LocalRegistry, ...]) -> dict[str, str]:
-    """A template has little time to become ready, and a small one is shipped."""
+def _builder_settings(tree: str, registries: tuple[LocalRegistry, ...], *, time_scale: float = 1.0) -> dict[str, str]:
+    """A template has little time to become ready, and a small one is shipped.
+
+    Args:
+        time_scale: what the Emberbox multiplies its time-outs by, beyond what its host needs.
+    """
     return {
-        "EMBERBOX_READY_SECONDS": "7",
+        "EMBERBOX_READY_SECONDS": str(20 / time_scale),
         "EMBERBOX_TEMPLATES_DIR": f"{tree}/tests/clients/shipped",
         "EMBERBOX_INSECURE_REGISTRIES": json.dumps([each.host for each in registries]),
     }
@@ -280,7 +285,7 @@ def building(registries: tuple[LocalRegistry, ...]) -> Iterator[Emberbox]:
     if GIVEN is not None:
         yield GIVEN
         return
-    own = instance.start(settings=_builder_settings(str(instance.ROOT), registries))
+    own = instance.start(settings=_builder_settings(str(instance.ROOT), registries, time_scale=TIME_SCALE))
     try:
         yield own
     finally:

@@ -21,6 +21,11 @@ WATCHING = "/run/watching"
 """Made in the lab by what waits there for something to happen."""
 
 
+def counting(folder: str) -> str:
+    """A command that counts in the file `count` of a folder inside for ever; a reader finds a whole number there."""
+    return f"n=0; while true; do n=$((n+1)); echo $n > {folder}/next; mv {folder}/next {folder}/count; sleep 0.2; done"
+
+
 def run(sandbox: Sandbox, command: str, user: str = "user") -> str:
     return sandbox.commands.run(command, user=user, timeout=PATIENCE, request_timeout=PATIENCE).stdout.strip()
 

@@ -15,6 +15,7 @@ from tests.lab.support import (
     NewSandbox,
     answers,
     connect,
+    counting,
     machine_of,
     node_killed_during,
     remains,
@@ -78,8 +79,7 @@ def test_memory_and_processor_limits_hold_around_firecracker(new_sandbox: NewSan
 @pytest.mark.timeout(2400)
 def test_twenty_resumes_lose_no_process_no_connection_and_no_file(new_sandbox: NewSandbox) -> None:
     sandbox = new_sandbox()
-    loop = "n=0; while true; do n=$((n+1)); echo $n > ~/next; mv ~/next ~/count; sleep 0.2; done"
-    counter = sandbox.commands.run(loop, background=True, timeout=0, request_timeout=PATIENCE)
+    counter = sandbox.commands.run(counting("~"), background=True, timeout=0, request_timeout=PATIENCE)
     # One TCP connection inside the guest, over which a line goes each time that ~/ask appears.
     program = (
         "import os, socket, time\n"
@@ -197,8 +197,7 @@ def test_a_firecracker_that_is_killed_ends_its_sandbox_and_leaves_nothing(
 
 def test_a_machine_outlives_its_node_and_is_found_again(new_sandbox: NewSandbox, in_lab: InLab) -> None:
     sandbox = new_sandbox()
-    counter = "n=0; while true; do n=$((n+1)); echo $n > ~/next; mv ~/next ~/count; sleep 0.2; done"
-    sandbox.commands.run(counter, background=True, timeout=0, request_timeout=PATIENCE)
+    sandbox.commands.run(counting("~"), background=True, timeout=0, request_timeout=PATIENCE)
     found = machine_of(in_lab, sandbox)
 
     with node_killed_during(in_lab, 0):
@@ -218,8 +217,7 @@ def test_a_node_killed_while_it_pauses_or_resumes_loses_no_sandbox(
     new_sandbox: NewSandbox, in_lab: InLab, after: float
 ) -> None:
     sandbox = new_sandbox()
-    counter = "n=0; while true; do n=$((n+1)); echo $n > ~/next; mv ~/next ~/count; sleep 0.2; done"
-    sandbox.commands.run(counter, background=True, timeout=0, request_timeout=PATIENCE)
+    sandbox.commands.run(counting("~"), background=True, timeout=0, request_timeout=PATIENCE)
     run(sandbox, "echo kept > ~/kept; head -c 5000000 /dev/urandom > ~/noise; sha256sum ~/noise > ~/sum")
 
     for step in ("pause", "resume"):

@@ -17,6 +17,7 @@ from tests.lab.support import (
     NewSandbox,
     answers,
     connect,
+    counting,
     machine_of,
     node_killed,
     remains,
@@ -26,7 +27,7 @@ from tests.lab.support import (
     use_up_the_pool,
 )
 
-COUNTER = "n=0; while true; do n=$((n+1)); echo $n > /dev/shm/next; mv /dev/shm/next /dev/shm/count; sleep 0.2; done"
+COUNTER = counting("/dev/shm")
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from emberbox.wire import node_pb2 as wire
 from emberbox.wire import node_pb2_grpc
 from tests.support.loops import backing_files
 from tests.support.networks import NODES, Claim
+from tests.support.scale import TIME_SCALE
 
 TOKEN = "token-of-the-tests"
 
@@ -87,7 +88,7 @@ class NodeProcess:
             inherit_host_network=True,
             id_range_start=1_400_000_000,
             slots_ready=2,
-            time_scale=3.0,  # two tests at a time, on a machine that may stand still for seconds
+            time_scale=TIME_SCALE,
             log_format="json",
             **changes,
         )

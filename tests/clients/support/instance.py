@@ -17,6 +17,7 @@ from typing import Any
 
 from tests.clients.support.timing import seconds
 from tests.support.ports import free_ports
+from tests.support.scale import TIME_SCALE
 
 ROOT = Path(__file__).resolve().parents[3]
 ENV_NAMES = ("E2B_API_URL", "E2B_SANDBOX_URL", "E2B_API_KEY")
@@ -87,7 +88,7 @@ def start(*, settings: Mapping[str, str] | None = None) -> Emberbox:
     own = {
         "EMBERBOX_SLOT_NETWORK": claim_slot_network(data_dir),
         "EMBERBOX_DATA_DIR": data_dir,
-        "EMBERBOX_TIME_SCALE": "3",  # two tests at a time, on a machine that may stand still for seconds
+        "EMBERBOX_TIME_SCALE": str(TIME_SCALE),
         **({"EMBERBOX_INHERIT_HOST_NETWORK": "true"} if has_custom_ca() else {}),
         **(settings or {}),
     }
