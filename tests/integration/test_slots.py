@@ -152,8 +152,12 @@ async def started(settings: Settings) -> AsyncIterator[Slots]:
 
 
 @pytest.fixture(autouse=True)
-def patient_forwarder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emberbox.node.dns._ANSWER_SECONDS", 20.0)
+def patient_forwarder() -> Iterator[None]:
+    """Not with `monkeypatch`: a fixture that every test has comes first, and so `monkeypatch` would be undone last.
+    The end of `slots` then met what a test had patched."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("emberbox.node.dns._ANSWER_SECONDS", 20.0)
+        yield
 
 
 @pytest.fixture
