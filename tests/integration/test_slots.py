@@ -572,6 +572,31 @@ async def test_a_slot_that_cannot_be_adopted_is_swept(settings: Settings, monkey
     assert _traces(settings) == []
 
 
+async def test_a_slot_that_cannot_be_removed_does_not_keep_a_sweep_from_the_others(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Slots(settings.model_copy(update={"slots_ready": 0}))
+    await first.start()
+    one, other = await first.take(), await first.take()
+    await first.close()
+    second = Slots(settings.model_copy(update={"slots_ready": 0}))
+    await second.start()
+    unmake = second._unmake
+
+    def fails_for_one(index: int) -> None:
+        if index == one.index:
+            raise OSError("busy")
+        unmake(index)
+
+    monkeypatch.setattr(second, "_unmake", fails_for_one)
+    swept = await second.sweep(frozenset())
+
+    assert swept == [f"slot {other.netns}"]
+    unmake(one.index)
+    await second.close()
+    assert _traces(settings) == []
+
+
 async def test_the_table_of_another_release_is_replaced(settings: Settings, internet: Internet) -> None:
     Nft().run(
         f"add table inet {settings.instance}\n"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import structlog
 
+from emberbox.linux.mounts import mounted_below
 from emberbox.node.errors import BadValue, LayerMissing, NodeError
 from emberbox.node.hosting import Hosted, Hosting
 from emberbox.node.machines import Machines
@@ -161,6 +162,9 @@ def _sweep(directory: Path, keep: set[str]) -> list[str]:
     removed = []
     for path in directory.iterdir():
         if path.name in keep:
+            continue
+        if mounted_below(path):  # its machine could not be ended; what is mounted there may be the host's
+            log.error("sweep.still_mounted", path=str(path))
             continue
         removed.append(f"{directory.name}/{path.name}")
         if path.is_dir() and not path.is_symlink():

@@ -201,15 +201,24 @@ class Slots:
             raise NetworkFailure(f"the network of slot {slot.netns} could not be limited: {error}") from error
 
     async def sweep(self, keep: frozenset[int]) -> list[str]:
-        """Remove slots that an earlier process left and that are neither in `keep` nor in use here."""
+        """Remove slots that an earlier process left and that are neither in `keep` nor in use here.
+
+        One that cannot be removed is logged, and removed before its address is used again.
+        """
         mine = {slot.index for slot in self._ready} | self._in_use.keys() | {index for _, index in self._resting}
         doomed = sorted(set(await asyncio.to_thread(self._found)) - mine - keep)
         doomed = [index for index in doomed if index in self._left_over]
+        removed = []
         for index in doomed:
             self._left_over.discard(index)
             self._firewall.adopt(index)
-            await self._remove(index)
-        return [f"slot {interface_name(self._settings.instance, index)}" for index in doomed]
+            try:
+                await self._remove(index)
+            except NetworkFailure as error:
+                log.error("slot.not_removed", slot=index, error=str(error))
+            else:
+                removed.append(f"slot {interface_name(self._settings.instance, index)}")
+        return removed
 
     # ---- making and removing
 

@@ -195,7 +195,10 @@ class Runtime(Protocol):
         ...
 
     async def sweep(self, keep: frozenset[str]) -> list[str]:
-        """Remove what machines other than `keep` (machine IDs) left behind after a crash; returns what was removed."""
+        """Remove what machines other than `keep` (machine IDs) left behind after a crash; returns what was removed.
+
+        What cannot be removed is logged, and tried again by the next sweep: the node starts without.
+        """
         ...
 
     async def forget_layers(self) -> None:

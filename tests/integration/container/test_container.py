@@ -10,12 +10,14 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from emberbox.images.layers import LayerStore
 from emberbox.linux.mounts import bind
 from emberbox.runtime.base import Limits, MachineSpec, Rates
+from emberbox.runtime.container.machine import end_container
 from emberbox.runtime.container.root import opened_upper
 from emberbox.runtime.container.runtime import ContainerRuntime
 from emberbox.runtime.errors import MachineGone, NotSupported, RuntimeFailure
@@ -287,15 +289,48 @@ async def test_a_machine_that_is_gone_is_not_adopted_and_its_traces_go(world: Wo
     assert not [trace for trace in world.traces() if guest.spec.machine_id in trace]
 
 
+def _ids(world: World) -> frozenset[str]:
+    return frozenset(guest.spec.machine_id for guest in world.guests)
+
+
 async def test_a_sweep_ends_what_no_one_keeps(world: World) -> None:
     lost, kept = await world.machine(), await world.machine()
-    others = {guest.spec.machine_id for guest in world.guests if guest is not lost}
 
-    removed = await ContainerRuntime(world.settings).sweep(frozenset(others))
+    removed = await ContainerRuntime(world.settings).sweep(_ids(world) - {lost.spec.machine_id})
 
     assert removed == [f"container {lost.spec.machine_id}"]
     assert not await lost.machine.alive()
     assert (await kept.run("echo here")).text == "here"
+
+
+async def test_a_sweep_ends_a_machine_that_is_frozen(world: World) -> None:
+    lost = await world.machine()
+    await lost.machine.pause()
+
+    removed = await ContainerRuntime(world.settings).sweep(_ids(world) - {lost.spec.machine_id})
+
+    assert removed == [f"container {lost.spec.machine_id}"]
+    assert not await lost.machine.alive()
+
+
+async def test_a_machine_that_cannot_be_removed_does_not_keep_a_sweep_from_the_others(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck, lost = await world.machine(), await world.machine()
+    keep = _ids(world) - {stuck.spec.machine_id, lost.spec.machine_id}
+
+    async def ends_all_but_one(machine_id: str, *parts: Any) -> None:
+        if machine_id == stuck.spec.machine_id:
+            raise RuntimeFailure("the machine's processes did not end within 10 s")
+        await end_container(machine_id, *parts)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("emberbox.runtime.container.runtime.end_container", ends_all_but_one)
+        first = await ContainerRuntime(world.settings).sweep(keep)
+    second = await ContainerRuntime(world.settings).sweep(keep)
+
+    assert (first, second) == ([f"container {lost.spec.machine_id}"], [f"container {stuck.spec.machine_id}"])
+    assert not await stuck.machine.alive()
 
 
 async def test_a_sweep_removes_what_a_killed_runc_had_mounted(world: World) -> None:
@@ -306,7 +341,7 @@ async def test_a_sweep_removes_what_a_killed_runc_had_mounted(world: World) -> N
     own_program.touch()
     bind(Path("/bin/true"), own_program)
 
-    removed = await world.runtime.sweep(frozenset(guest.spec.machine_id for guest in world.guests))
+    removed = await world.runtime.sweep(_ids(world))
 
     assert f"container {machine_id}" in removed
     assert not record.exists()

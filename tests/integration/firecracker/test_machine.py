@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -16,8 +17,8 @@ import pytest
 from emberbox.linux import processes
 from emberbox.runtime.base import KeepsSpares, Machine, MachineSpec, Rates, Runtime, Saved
 from emberbox.runtime.errors import MachineGone, RuntimeFailure, SavedDamaged
+from emberbox.runtime.firecracker import jail, snapshots
 from emberbox.runtime.firecracker import machine as firecracker_machine
-from emberbox.runtime.firecracker import snapshots
 from emberbox.runtime.firecracker.errors import ApiError
 from emberbox.runtime.firecracker.jail import Jail, JailerSettings, cgroup_version
 from emberbox.runtime.firecracker.machine import MicroVM
@@ -489,6 +490,28 @@ async def test_sweep_ends_what_nobody_keeps(runtime: FirecrackerRuntime, new_spe
     assert await keeping.alive()
     assert (lost.directory / "jail").exists() is False
     await keeping.destroy()
+
+
+async def test_a_machine_that_cannot_be_removed_does_not_keep_a_sweep_from_the_others(
+    runtime: FirecrackerRuntime, new_spec: NewSpec, instance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck, lost = new_spec("astuck"), new_spec("lost")
+    sticking, losing = await runtime.start(stuck), await runtime.start(lost)
+    end_cgroup = jail.end_cgroup
+
+    def ends_all_but_one(parent: str, machine_id: str) -> None:
+        if machine_id == stuck.machine_id:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        end_cgroup(parent, machine_id)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(jail, "end_cgroup", ends_all_but_one)
+        await runtime.sweep(frozenset())
+    alive = await sticking.alive(), await losing.alive()
+    await runtime.sweep(frozenset())
+
+    assert alive == (True, False)
+    assert left_over(stuck, instance) == []
 
 
 async def test_a_missing_layer_fails_with_a_sentence_and_leaves_nothing(

@@ -109,6 +109,27 @@ async def test_a_machine_that_cannot_be_adopted_leaves_nothing(make_world: Any, 
     assert set(world.left()) == {"records", "sandboxes"}
 
 
+async def test_nothing_is_deleted_through_a_mount_that_is_still_there(
+    make_world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = await make_world()
+    await world.create("s1")
+    folder = world.runtime.of(world.node, "s1").spec.directory
+    await world.kill_process()
+    world.runtime.fail_adopt = "it does not answer"
+    mounted = [str(folder / "root")]
+    monkeypatch.setattr("emberbox.node.adoption.mounted_below", lambda path: mounted if path == folder else [])
+
+    await world.start()
+    left_alone = folder.exists()
+    mounted.clear()
+    await world.kill_process()
+    await world.start()
+
+    assert left_alone
+    assert not folder.exists()
+
+
 async def test_a_restarted_host_has_lost_what_ran_and_kept_what_was_paused(make_world: Any) -> None:
     world = await make_world()
     for name in ("running", "frozen", "files"):

@@ -239,4 +239,6 @@ def _kill_members(cgroup: Cgroup) -> None:
         if identity is not None:
             processes.kill(identity)
     with contextlib.suppress(OSError):
+        cgroup.request_freeze(False)  # a frozen process cannot die
+    with contextlib.suppress(OSError):
         cgroup.request_freeze(False)

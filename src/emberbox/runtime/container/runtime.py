@@ -99,8 +99,12 @@ class ContainerRuntime:
         found = await asyncio.to_thread(self._left_behind)
         removed = []
         for machine_id in sorted(found - keep):
-            await end_container(machine_id, None, self._root(machine_id), self._cgroup(machine_id), self._oci)
-            removed.append(f"container {machine_id}")
+            try:
+                await end_container(machine_id, None, self._root(machine_id), self._cgroup(machine_id), self._oci)
+            except (RuntimeFailure, OSError) as error:  # one that hangs in the kernel; the others work without it
+                log.error("container.not_removed", machine_id=machine_id, reason=str(error))
+            else:
+                removed.append(f"container {machine_id}")
         await asyncio.to_thread(self._layers.forget_unused)
         return removed
 

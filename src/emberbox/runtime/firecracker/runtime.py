@@ -7,7 +7,7 @@ import contextlib
 import ctypes
 import os
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -351,14 +351,25 @@ class FirecrackerRuntime:
         removed = []
         parent = self.settings.binaries.cgroup_parent
         for machine_id in sorted(jail.machines_with_cgroups(parent) - keep):
-            jail.end_cgroup(parent, machine_id)
-            removed.append(f"microVM {machine_id}")
+            with _said(machine_id):
+                jail.end_cgroup(parent, machine_id)
+                removed.append(f"microVM {machine_id}")
         for machine in sorted(self.settings.machines_dir.glob("*/jail/firecracker/*")):
             if machine.name not in keep:
                 base = machine.parent.parent
-                Jail(machine.name, base, user=0, cgroup_parent=parent).remove()
-                removed.append(f"jail {machine.name}")
+                with _said(machine.name):
+                    Jail(machine.name, base, user=0, cgroup_parent=parent).remove()
+                    removed.append(f"jail {machine.name}")
         return removed
+
+
+@contextlib.contextmanager
+def _said(machine_id: str) -> Iterator[None]:
+    """Log what a machine's removal ran into, and go on: the others work without it."""
+    try:
+        yield
+    except (RuntimeFailure, OSError) as error:
+        log.error("microvm.not_removed", machine_id=machine_id, reason=str(error))
 
 
 @contextlib.asynccontextmanager
