@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 from types import MappingProxyType
@@ -102,6 +103,7 @@ class Api:
         host = url.removeprefix("http://")
         self._connection = http.client.HTTPConnection(host, timeout=GIVE_UP_SECONDS)
         self._edge = edge_url.removeprefix("http://")
+        self._agent = http.client.HTTPConnection(self._edge, timeout=GIVE_UP_SECONDS)
         self._key = key
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
@@ -109,14 +111,55 @@ class Api:
         content = _exchange(self._connection, method, path, None if body is None else json.dumps(body), headers)
         return json.loads(content) if content else None
 
+    def create(self) -> tuple[dict[str, Any], float]:
+        """The answer, and the seconds it took."""
+        began = time.perf_counter()
+        made: dict[str, Any] = self.ask("POST", "/sandboxes", {"templateID": "base", "timeout": 3600, "secure": True})
+        return made, time.perf_counter() - began
+
+    def knows(self, sandbox: str) -> bool:
+        """There is such a sandbox."""
+        self._connection.request("GET", f"/sandboxes/{sandbox}", headers={"X-API-Key": self._key})
+        answer = self._connection.getresponse()
+        answer.read()
+        return answer.status != 404
+
     def dirty(self, sandbox: dict[str, Any]) -> None:
         """Write to the memory of a sandbox that was just created, by the answer of its create."""
-        headers = {
-            "E2b-Sandbox-Id": sandbox["sandboxID"],
-            "E2b-Sandbox-Port": str(AGENT_PORT),
-            "X-Access-Token": sandbox["envdAccessToken"],
-        }
-        _dirty(self._edge, headers)
+        _dirty(self._edge, _way_to(sandbox))
+
+    def upload(self, sandbox: dict[str, Any], path: str, content: bytes) -> None:
+        headers = {**_way_to(sandbox), "Content-Type": "application/octet-stream"}
+        _exchange(self._agent, "POST", f"/files?path={path}", content, headers)
+
+    def modified(self, sandbox: dict[str, Any], path: str) -> float:
+        """When the guest last wrote a file, by its own clock: seconds since 1970."""
+        headers = {**_way_to(sandbox), "Content-Type": "application/json"}
+        body = json.dumps({"path": path})
+        answer = json.loads(_exchange(self._agent, "POST", "/filesystem.Filesystem/Stat", body, headers))
+        return datetime.fromisoformat(answer["entry"]["modifiedTime"]).timestamp()
+
+
+def _way_to(sandbox: dict[str, Any]) -> dict[str, str]:
+    """What leads to a sandbox's agent, by the answer of its create."""
+    return {
+        "E2b-Sandbox-Id": sandbox["sandboxID"],
+        "E2b-Sandbox-Port": str(AGENT_PORT),
+        "X-Access-Token": sandbox["envdAccessToken"],
+    }
+
+
+def run_here() -> Api:
+    """The API of the Emberbox that runs on this host."""
+    command = [str(ROOT / ".venv/bin/python"), "-m", "emberbox", "env", "--json"]
+    variables = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return Api(variables["E2B_API_URL"], variables["E2B_SANDBOX_URL"], variables["E2B_API_KEY"])
+
+
+def machine_pid(settings: Settings, sandbox: str) -> int:
+    """The Firecracker of a sandbox that runs on this host."""
+    record = json.loads((settings.node_dir / "records" / f"{sandbox}.json").read_text())
+    return int(record["machine"]["facts"]["pid"])
 
 
 def _dirty(host: str, headers: dict[str, str]) -> None:
@@ -339,7 +382,7 @@ def ours(
     found: dict[str, list[float]] = {"create": [], "node's part": [], "pause": [], "resume": [], "bare resume": []}
     for number in range(runs if bare_resume is None else 2 * runs):
         time.sleep(rest)
-        made, seconds = _create(api)
+        made, seconds = api.create()
         sandbox = made["sandboxID"]
         found["create"].append(seconds)
         found["node's part"].append(_of_the_node(settings, sandbox))
@@ -366,10 +409,10 @@ def crowd(api: Api, counts: tuple[int, ...], samples: int) -> dict[int, float]:
     try:
         for count in counts:
             while len(alive) < count - 1:
-                alive.append(_create(api)[0]["sandboxID"])
+                alive.append(api.create()[0]["sandboxID"])
             times = []
             for _ in range(samples):
-                made, seconds = _create(api)
+                made, seconds = api.create()
                 times.append(seconds)
                 api.ask("DELETE", f"/sandboxes/{made['sandboxID']}")
             found[count] = percentile(times, 0.5)
@@ -382,7 +425,7 @@ def crowd(api: Api, counts: tuple[int, ...], samples: int) -> dict[int, float]:
 def forks(api: Api, counts: tuple[int, ...]) -> dict[int, float]:
     """Seconds of one request for so many forks of a sandbox that runs."""
     found: dict[int, float] = {}
-    source: str = _create(api)[0]["sandboxID"]
+    source: str = api.create()[0]["sandboxID"]
     try:
         api.ask("DELETE", f"/sandboxes/{_fork(api, source, 1)[0]}")  # makes what later forks share
         for count in counts:
@@ -412,19 +455,11 @@ def _fork(api: Api, source: str, count: int) -> list[str]:
     return [answer["sandbox"]["sandboxID"] for answer in answers]
 
 
-def _create(api: Api) -> tuple[dict[str, Any], float]:
-    """The answer, and the seconds it took."""
-    began = time.perf_counter()
-    made: dict[str, Any] = api.ask("POST", "/sandboxes", {"templateID": "base", "timeout": 3600, "secure": True})
-    return made, time.perf_counter() - began
-
-
 def idle_machine(api: Api, settings: Settings) -> tuple[float, set[int]]:
     """Of the Firecracker of a sandbox which nobody has used yet: MiB of its own, and the processors it may use."""
-    sandbox = _create(api)[0]["sandboxID"]
+    sandbox = api.create()[0]["sandboxID"]
     try:
-        record = json.loads((settings.node_dir / "records" / f"{sandbox}.json").read_text())
-        pid = record["machine"]["facts"]["pid"]
+        pid = machine_pid(settings, sandbox)
         return written_mib(pid), os.sched_getaffinity(pid)
     finally:
         api.ask("DELETE", f"/sandboxes/{sandbox}")
@@ -438,11 +473,7 @@ def written_mib(pid: int) -> float:
 
 def measure(args: argparse.Namespace) -> Result:
     settings = Settings()
-    printed = subprocess.run(
-        [str(ROOT / ".venv/bin/python"), "-m", "emberbox", "env", "--json"], capture_output=True, text=True, check=True
-    )
-    variables = json.loads(printed.stdout)
-    api = Api(variables["E2B_API_URL"], variables["E2B_SANDBOX_URL"], variables["E2B_API_KEY"])
+    api = run_here()
     ours(api, settings, 1, rest=args.rest)  # makes the template's memory when there is none, and warms every cache
     template = _template(settings)
     work = settings.node_dir / "bench"

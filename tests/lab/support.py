@@ -21,6 +21,21 @@ WATCHING = "/run/watching"
 """Made in the lab by what waits there for something to happen."""
 
 
+_HOST_CLOCK = """
+import glob, os, time
+names = {open(path + '/clock_name').read().strip(): os.path.basename(path) for path in glob.glob('/sys/class/ptp/*')}
+host = (~os.open('/dev/' + names['KVM virtual PTP'], os.O_RDONLY) << 3) | 3
+looks = []
+for _ in range(5):
+    before = time.time()
+    there = time.clock_gettime(host)
+    after = time.time()
+    looks.append((after - before, there - (before + after) / 2))
+print(min(looks)[1])
+"""
+"""Prints by how many seconds the host's clock is ahead of the guest's."""
+
+
 def counting(folder: str) -> str:
     """A command that counts in the file `count` of a folder inside for ever; a reader finds a whole number there."""
     return f"n=0; while true; do n=$((n+1)); echo $n > {folder}/next; mv {folder}/next {folder}/count; sleep 0.2; done"
@@ -32,6 +47,21 @@ def run(sandbox: Sandbox, command: str, user: str = "user") -> str:
 
 def connect(sandbox: Sandbox) -> Sandbox:
     return Sandbox.connect(sandbox.sandbox_id, timeout=3600, request_timeout=PATIENCE)
+
+
+def clock_behind(sandbox: Sandbox) -> float:
+    """Seconds by which a guest's clock is behind its host's, as the guest can read that."""
+    return float(run(sandbox, f"python3 -c {shlex.quote(_HOST_CLOCK)}", user="root"))
+
+
+def assert_clock_is_right(sandbox: Sandbox, in_lab: InLab) -> None:
+    """Within 50 ms of the node's: coarsely seen from outside, exactly from inside."""
+    before = float(in_lab("date +%s.%N"))
+    inside = float(run(sandbox, "date +%s.%N"))
+    after = float(in_lab("date +%s.%N"))
+
+    assert before - 0.05 <= inside <= after + 0.05
+    assert abs(clock_behind(sandbox)) < 0.05
 
 
 def state(sandbox: Sandbox) -> SandboxState:

@@ -14,6 +14,7 @@ from tests.lab.support import (
     InLab,
     NewSandbox,
     answers,
+    assert_clock_is_right,
     connect,
     counting,
     machine_of,
@@ -168,14 +169,11 @@ def test_the_clock_is_right_after_an_hour_on_the_disk(new_sandbox: NewSandbox, i
     in_lab("date -s @$(($(date +%s) + 3600))")
     try:
         sandbox = connect(sandbox)
-        before = float(in_lab("date +%s.%N"))
-        inside = float(run(sandbox, "date +%s.%N"))
-        after = float(in_lab("date +%s.%N"))
+        assert_clock_is_right(sandbox, in_lab)
         naps = [float(nap) for nap in run(sandbox, "sleep 2; cat ~/naps").split()]
     finally:
         in_lab("date -s @$(($(date +%s) - 3600))")
 
-    assert before - 0.05 <= inside <= after + 0.05
     # Firecracker 1.12 lets the guest's own clock go on by the hour: what came due meanwhile comes once, not in a burst.
     assert sum(nap > 60 for nap in naps) <= 1, naps
     assert all(nap >= 0.5 for nap in naps), naps

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 from e2b import Sandbox
 
-from tests.lab.support import PATIENCE, InLab, NewSandbox, run
+from tests.lab.support import (
+    PATIENCE,
+    InLab,
+    NewSandbox,
+    assert_clock_is_right,
+    clock_behind,
+    connect,
+    run,
+    until,
+)
 
 
 def machines(in_lab: InLab) -> int:
@@ -57,11 +66,23 @@ def test_two_clones_of_one_memory_share_no_randomness_and_no_identity(new_sandbo
 def test_the_clock_of_a_restored_machine_is_right(new_sandbox: NewSandbox, in_lab: InLab) -> None:
     sandbox = new_sandbox()
 
-    before = float(in_lab("date +%s.%N"))
-    inside = float(run(sandbox, "date +%s.%N"))
-    after = float(in_lab("date +%s.%N"))
+    assert_clock_is_right(sandbox, in_lab)
 
-    assert before - 0.05 <= inside <= after + 0.05
+    sandbox.pause(request_timeout=PATIENCE)
+    assert_clock_is_right(connect(sandbox), in_lab)
+
+
+@pytest.mark.slow
+def test_a_clock_that_drifts_is_corrected_and_one_that_was_set_is_left_alone(new_sandbox: NewSandbox) -> None:
+    drifting, elsewhere = new_sandbox(), new_sandbox()
+    put_back = "python3 -c 'import time; time.clock_settime(time.CLOCK_REALTIME, time.time() - {})'"
+    run(drifting, put_back.format(0.02), user="root")
+    run(elsewhere, put_back.format(3600), user="root")
+    assert clock_behind(drifting) > 0.01
+
+    until("the drift is made up for", lambda: abs(clock_behind(drifting)) < 0.002)
+
+    assert abs(clock_behind(elsewhere) - 3600) < 1
 
 
 def test_a_pause_that_keeps_no_memory_boots_again_from_the_files(new_sandbox: NewSandbox) -> None:

@@ -95,7 +95,11 @@ func run(address string) error {
 	who := rpc.Who{State: state, Users: db}
 	table := handler.NewTable(state, reap, log, m.groups)
 	api := &rest.API{
-		State: state, Users: db, Log: log, Run: reap.Run, Meter: usage.NewMeter(), Cgroups: m.groups, Disk: m.Disk,
+		State: state, Users: db, Log: log, Run: reap.Run, Meter: usage.NewMeter(), Clock: m.clock,
+		Cgroups: m.groups, Disk: m.Disk,
+	}
+	if m.clock != nil {
+		go m.clock.Keep(stop)
 	}
 	srv := server.New(state, api, process.New(who, table), filesystem.New(who, log))
 
@@ -127,6 +131,7 @@ func run(address string) error {
 type surroundings struct {
 	boot.Machine
 	groups *cgroup.Manager
+	clock  *host.HostClock
 	// printed is the least level of log lines on stdout.
 	printed string
 }
@@ -147,7 +152,7 @@ func machine() (surroundings, error) {
 		return surroundings{}, fmt.Errorf("boot: %w", err)
 	}
 	// Every byte on an emulated serial line stops the virtual CPU; the node fetches the whole log by /logs.
-	return surroundings{Machine: *m, groups: groups, printed: "warn"}, nil
+	return surroundings{Machine: *m, groups: groups, clock: host.OpenHostClock(), printed: "warn"}, nil
 }
 
 // untilStopped returns a context that ends on SIGTERM or SIGINT. PID 1 is

@@ -95,7 +95,7 @@ func (a *API) applyInit(r *http.Request, req *initRequest) error {
 		return err
 	}
 	if req.Timestamp != nil {
-		if err := host.SetClock(*req.Timestamp); err != nil {
+		if err := a.Clock.Set(*req.Timestamp); err != nil {
 			return fmt.Errorf("set clock: %w", err)
 		}
 	}

@@ -30,6 +30,8 @@ type API struct {
 	Run host.Runner
 	// Meter measures the machine.
 	Meter *usage.Meter
+	// Clock is the host's; nil where only the node can tell the time.
+	Clock *host.HostClock
 	// Cgroups holds what clients started; nil where the machine has none of its own.
 	Cgroups *cgroup.Manager
 	// Disk is an open directory of the writable disk; negative for the root.

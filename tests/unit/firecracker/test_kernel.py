@@ -104,6 +104,14 @@ def test_a_built_in_module_needs_no_file(tmp_path: Path) -> None:
     assert [path.name for path in kernel.modules_in_load_order(tree, ["erofs"])] == ["erofs.ko"]
 
 
+def test_an_optional_module_that_is_missing_is_left_out(tmp_path: Path) -> None:
+    tree = a_tree(tmp_path, {"erofs.ko": "", "ptp_kvm.ko": ""})
+
+    ordered = kernel.modules_in_load_order(tree, ["erofs"], optional=["ptp_kvm", "ptp_vmw"])
+
+    assert [path.name for path in ordered] == ["erofs.ko", "ptp_kvm.ko"]
+
+
 def test_a_missing_module_says_who_needs_it(tmp_path: Path) -> None:
     tree = a_tree(tmp_path, {"erofs.ko": "libcrc32c"})
 

@@ -81,7 +81,8 @@ def make_guest_files(folder: Path, agent: Path, own_kernel: Path | None = None) 
     if own_kernel is not None:
         return _from_own_kernel(folder, agent, own_kernel)
     tree = _kernel_tree(folder)
-    name = f"{tree.release}-{_digest(agent.read_bytes(), json.dumps(initramfs.GUEST_MODULES).encode())}"
+    modules = json.dumps((initramfs.GUEST_MODULES, initramfs.OPTIONAL_MODULES)).encode()
+    name = f"{tree.release}-{_digest(agent.read_bytes(), modules)}"
     files = GuestFiles(folder / f"vmlinux-{tree.release}", folder / f"initramfs-{name}.cpio")
     if not files.kernel.exists():
         _write(files.kernel, kernel.extract_vmlinux(tree.vmlinuz.read_bytes()))

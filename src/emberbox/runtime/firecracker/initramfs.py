@@ -31,6 +31,8 @@ GUEST_MODULES = (
     "tun",
     "vmw_vsock_virtio_transport",
 )
+OPTIONAL_MODULES = ("ptp_kvm",)
+"""Not in every kernel. `ptp_kvm` lets the agent read the host's clock; without it the node tells the time."""
 
 _FOLDERS = ("dev", "proc", "sys", "run", "tmp", "newroot", "modules")
 
@@ -83,7 +85,7 @@ def guest_initramfs(tree: KernelTree, emberd: bytes, modules: Iterable[str] = GU
     return cpio(
         [
             *base_entries(),
-            *module_entries(tree, modules),
+            *module_entries(tree, modules, OPTIONAL_MODULES),
             file("init", emberd, mode=0o755),
         ]
     )
@@ -98,11 +100,11 @@ def base_entries() -> list[Entry]:
     ]
 
 
-def module_entries(tree: KernelTree, modules: Iterable[str]) -> list[Entry]:
+def module_entries(tree: KernelTree, modules: Iterable[str], optional: Iterable[str] = ()) -> list[Entry]:
     """Return the modules' files and the list `/modules/load`, dependencies first."""
     entries = []
     names = []
-    for path in modules_in_load_order(tree, modules):
+    for path in modules_in_load_order(tree, modules, optional):
         name = f"modules/{path.name.split('.ko', 1)[0]}.ko"
         entries.append(file(name, read_module(path)))
         names.append(f"/{name}\n")

@@ -10,6 +10,7 @@ Only the standard library is imported, so that the lab can use it before anythin
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import lzma
 import shutil
@@ -177,10 +178,11 @@ def _without_size_trailer(payload: bytes) -> bytes:
     return payload[:position]
 
 
-def modules_in_load_order(tree: KernelTree, wanted: Iterable[str]) -> list[Path]:
+def modules_in_load_order(tree: KernelTree, wanted: Iterable[str], optional: Iterable[str] = ()) -> list[Path]:
     """Return the files of the modules `wanted` and of all they depend on, dependencies first.
 
-    A name may use `-` or `_`. A name that the kernel has built in is left out.
+    A name may use `-` or `_`. A name that the kernel has built in is left out, and so is one of `optional` that it
+    does not have.
 
     Raises:
         GuestFilesError: the kernel has no such module.
@@ -203,6 +205,9 @@ def modules_in_load_order(tree: KernelTree, wanted: Iterable[str]) -> list[Path]
 
     for name in wanted:
         visit(name.replace("-", "_"), needed_by="the guest")
+    for name in optional:
+        with contextlib.suppress(GuestFilesError):
+            visit(name.replace("-", "_"), needed_by="the guest")
     return list(ordered.values())
 
 
