@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -28,6 +29,8 @@ const (
 // takes, and at once after a restore. A nil one is no such clock.
 type HostClock struct {
 	id int32
+	// setting keeps a correction from being made that was measured before the clock was set.
+	setting sync.Mutex
 }
 
 // OpenHostClock returns nil where the kernel has none: it is no guest of KVM,
@@ -53,6 +56,8 @@ func (c *HostClock) Set(told time.Time) error {
 	if c == nil {
 		return SetClock(told)
 	}
+	c.setting.Lock()
+	defer c.setting.Unlock()
 	// First: a correction under way would go on after the clock is right.
 	if err := slew(0); err != nil {
 		return SetClock(told)
@@ -77,10 +82,16 @@ func (c *HostClock) Keep(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-ticks.C:
+			c.correct()
 		}
-		if off, err := c.offset(); err == nil && off.Abs() >= clockExact && off.Abs() <= clockDrift {
-			_ = slew(off) // looked at again in a minute
-		}
+	}
+}
+
+func (c *HostClock) correct() {
+	c.setting.Lock()
+	defer c.setting.Unlock()
+	if off, err := c.offset(); err == nil && off.Abs() >= clockExact && off.Abs() <= clockDrift {
+		_ = slew(off) // looked at again in a minute
 	}
 }
 

@@ -240,5 +240,3 @@ def _kill_members(cgroup: Cgroup) -> None:
             processes.kill(identity)
     with contextlib.suppress(OSError):
         cgroup.request_freeze(False)  # a frozen process cannot die
-    with contextlib.suppress(OSError):
-        cgroup.request_freeze(False)

@@ -351,20 +351,20 @@ class FirecrackerRuntime:
         removed = []
         parent = self.settings.binaries.cgroup_parent
         for machine_id in sorted(jail.machines_with_cgroups(parent) - keep):
-            with _said(machine_id):
+            with _logged(machine_id):
                 jail.end_cgroup(parent, machine_id)
                 removed.append(f"microVM {machine_id}")
         for machine in sorted(self.settings.machines_dir.glob("*/jail/firecracker/*")):
             if machine.name not in keep:
                 base = machine.parent.parent
-                with _said(machine.name):
+                with _logged(machine.name):
                     Jail(machine.name, base, user=0, cgroup_parent=parent).remove()
                     removed.append(f"jail {machine.name}")
         return removed
 
 
 @contextlib.contextmanager
-def _said(machine_id: str) -> Iterator[None]:
+def _logged(machine_id: str) -> Iterator[None]:
     """Log what a machine's removal ran into, and go on: the others work without it."""
     try:
         yield
