@@ -483,12 +483,15 @@ class Machines:
         if sandbox.ending or sandbox.hosted is not hosted or sandbox.record is None:
             return
         log.warning("machine.died", sandbox_id=sandbox.sandbox_id, reason=reason, state=sandbox.record.state)
-        await self.logs.note(sandbox.sandbox_id, "error", f"the machine ended by itself: {reason}")
+        # Beside: its log may wait for an answer of the agent that is gone.
+        noted = self.logs.note(sandbox.sandbox_id, "error", f"the machine ended by itself: {reason}")
+        noting = self.tasks.start(noted, name=f"note {sandbox.sandbox_id}")
         if sandbox.record.state is State.PAUSED:
             await self.pausing.discard_frozen(sandbox)
             self.events.publish(sandbox.status())
         else:
             await self._end(sandbox, EndReason.DIED, f"the machine ended by itself: {reason}")
+        await noting
 
     def _expired(self, sandbox_id: str) -> None:
         sandbox = self.sandboxes.get(sandbox_id)

@@ -481,6 +481,40 @@ async def test_a_machine_that_dies_is_reported_and_removed(make_world: Any) -> N
     await until(lambda: set(world.left()) == {"records", "sandboxes"})
 
 
+async def test_an_end_is_reported_while_the_log_waits_for_the_agent_that_is_gone(
+    make_world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = await make_world()
+    await world.create("s1")
+    logs = world.node.logs
+    asked, answered = asyncio.Event(), asyncio.Event()
+
+    async def hangs(*_: Any) -> bool:
+        asked.set()
+        await answered.wait()
+        return False
+
+    monkeypatch.setattr(logs, "_collect_seconds", 600.0)
+    monkeypatch.setattr(logs, "_collect_batch", hangs)
+    collecting = asyncio.create_task(world.node.collect_logs("s1"))
+    await asked.wait()
+    with world.node.events.subscribe() as subscription:
+        world.runtime.of(world.node, "s1").die("a kernel panic")
+        async with asyncio.timeout(60):
+            event = await subscription.next()
+    answered.set()
+    await collecting
+
+    async def noted() -> bool:
+        entries = await logs.read("s1", cursor_ms=0, limit=10, backward=False, level="error", search="panic")
+        return len(entries) == 1
+
+    assert (event.state, event.end_reason) == (State.ENDED, EndReason.DIED)
+    async with asyncio.timeout(60):
+        while not await noted():
+            await asyncio.sleep(0.01)
+
+
 async def test_a_frozen_machine_that_dies_leaves_its_files(make_world: Any) -> None:
     world = await make_world()
     await world.create("s1")
