@@ -53,21 +53,23 @@ func OpenHostClock() *HostClock {
 // Set sets the wall clock to the host's, and to what the node told where the
 // host's cannot be read.
 func (c *HostClock) Set(told time.Time) error {
-	if c == nil {
-		return SetClock(told)
+	if c != nil && c.follow() == nil {
+		return nil
 	}
+	return SetClock(told)
+}
+
+// follow sets the wall clock to the host's.
+func (c *HostClock) follow() error {
 	c.setting.Lock()
 	defer c.setting.Unlock()
 	// First: a correction under way would go on after the clock is right.
 	if err := slew(0); err != nil {
-		return SetClock(told)
+		return err
 	}
 	off, err := c.offset()
-	if err != nil {
-		return SetClock(told)
-	}
-	if off.Abs() < clockExact {
-		return nil
+	if err != nil || off.Abs() < clockExact {
+		return err
 	}
 	return step(off)
 }

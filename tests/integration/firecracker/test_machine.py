@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from emberbox.linux import processes
 from emberbox.runtime.base import KeepsSpares, Machine, MachineSpec, Rates, Runtime, Saved
@@ -259,14 +260,22 @@ async def test_destroy_leaves_nothing_and_may_be_repeated(
 
 
 async def test_a_machine_that_dies_is_noticed(runtime: FirecrackerRuntime, new_spec: NewSpec) -> None:
-    machine = await runtime.start(new_spec())
-    watcher = asyncio.create_task(machine.wait())
-    await asyncio.sleep(0)
+    spec = new_spec()
+    machine = await runtime.start(spec)
+    with (spec.directory / "jail" / "console.log").open("ab") as console:
+        console.write(b"Kernel panic: the cause\n" + b"a line of the trace\n" * 100)
 
-    os.kill(machine.record()["pid"], signal.SIGKILL)
+    with capture_logs() as logged:
+        watcher = asyncio.create_task(machine.wait())
+        await asyncio.sleep(0)
+        os.kill(machine.record()["pid"], signal.SIGKILL)
+        async with asyncio.timeout(60):
+            told = await watcher
 
-    async with asyncio.timeout(60):
-        assert "ended" in await watcher
+    assert "ended" in told
+    assert len(told) < 500
+    (ended,) = [entry for entry in logged if entry["event"] == "microvm.ended"]
+    assert "the cause" in ended["console"], "the node's log has more of the console than a sentence holds"
     with pytest.raises(MachineGone):
         await machine.pause()
     await machine.destroy()

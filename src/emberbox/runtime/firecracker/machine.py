@@ -36,6 +36,9 @@ _MOST_PIECES = 12
 """A save that makes more merges them itself: of a machine that never runs as long as `shorten_soon` waits."""
 _SHORTEN_AFTER_SECONDS = 3.0
 """The request that made the chain long, a fork's above all, still has work to do that merging would slow down."""
+_CONSOLE_LOGGED = 8000
+"""Bytes of the console that are logged when a machine ended by itself: a panic of the guest's kernel with its trace."""
+_CONSOLE_TOLD = 300
 
 
 class MicroVM:
@@ -89,7 +92,10 @@ class MicroVM:
 
     async def wait(self) -> str:
         await processes.wait_for_end(self._identity)
-        return f"the microVM ended; the last of its console: {self._jail.last_words(300)}"
+        console = await asyncio.to_thread(self._jail.last_words, _CONSOLE_LOGGED)
+        # The console's file goes with the machine; a panic of the guest's kernel is told nowhere else.
+        log.warning("microvm.ended", machine_id=self.spec.machine_id, console=console)
+        return f"the microVM ended; the last of its console: {console[-_CONSOLE_TOLD:]}"
 
     def answered(self) -> None:
         if self._note_into is not None and self._noting is None:
