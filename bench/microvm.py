@@ -500,13 +500,14 @@ def measure(args: argparse.Namespace) -> Result:
         name: f"{value * 1000:.0f} ms" for name, value in {**middle, **late}.items()
     }
     whole = middle["whole"]
+    pooled = args.rest > 0 and settings.warm_max > 0
     rows = [
-        Row("create / bare restore", middle["create"] / whole, "x", 0.75 if args.rest > 0 else 1.4, details=details),
+        Row("create / bare restore", middle["create"] / whole, "x", 0.75 if pooled else 1.4, details=details),
         Row(
             "the node's part of a create / bare restore",
             middle["node's part"] / whole,
             "x",
-            0.5 if args.rest > 0 else None,
+            0.5 if pooled else None,
         ),
         Row("resume / bare restore of what was paused", middle["resume"] / middle["bare resume"], "x", 1.4),
         Row("resume / bare restore of the template", middle["resume"] / whole, "x"),
@@ -517,7 +518,7 @@ def measure(args: argparse.Namespace) -> Result:
             1.5,
         ),
     ]
-    start = "from the pool" if args.rest > 0 else "pool empty"
+    start = "from the pool" if pooled else "pool empty"
     return Result(f"Firecracker sandboxes against a bare restore ({start})", [*rows, *crowd_rows])
 
 
@@ -580,7 +581,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--rest",
         type=float,
         default=0.0,
-        help="seconds between steps, in which the pool fills; 0 with EMBERBOX_WARM_MAX=0 measures plain restores",
+        help="seconds between steps, in which the pool fills; with EMBERBOX_WARM_MAX=0 there is none",
     )
     parser.add_argument(
         "--crowd", action="store_true", help="also memory, creates among many sandboxes, and many forks (minutes)"

@@ -6,9 +6,10 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import httpx
 import pytest
 from e2b import Sandbox, Template, wait_for_port
 from e2b_code_interpreter import Sandbox as Interpreter
@@ -21,18 +22,24 @@ PATIENCE = 450.0
 
 
 @pytest.fixture
-def name() -> Iterator[str]:
-    """A name for a template, which is deleted afterwards."""
-    chosen = f"lab-{uuid.uuid4().hex[:12]}"
-    yield chosen
-    # The SDK has no call for it.
+def api() -> Iterator[httpx.Client]:
+    """The API itself, for what the SDK has no call for."""
     from tests.clients.support.instance import from_environment
     from tests.clients.support.raw import Api
 
     emberbox = from_environment()
     assert emberbox is not None
-    with Api(emberbox) as api:
-        assert api.delete(f"/templates/{chosen}", timeout=PATIENCE).status_code in (204, 404)
+    with Api(emberbox) as made:
+        made.timeout = httpx.Timeout(PATIENCE)
+        yield made
+
+
+@pytest.fixture
+def name(api: httpx.Client) -> Iterator[str]:
+    """A name for a template, which is deleted afterwards."""
+    chosen = f"lab-{uuid.uuid4().hex[:12]}"
+    yield chosen
+    assert api.delete(f"/templates/{chosen}").status_code in (204, 404)
 
 
 @pytest.fixture
@@ -47,6 +54,20 @@ def start(name: str) -> Iterator[Callable[[], Sandbox]]:
     yield create
     for sandbox in made:
         sandbox.kill(request_timeout=PATIENCE)
+
+
+def build_with_rates(api: httpx.Client, name: str, rates: Mapping[str, int]) -> None:
+    """Make a template that is the base with other rates."""
+    made = api.post("/v3/templates", json={"name": name, "cpuCount": 1, "memoryMB": 256, **rates}).json()
+    template, build = made["templateID"], made["buildID"]
+    api.post(f"/v2/templates/{template}/builds/{build}", json={"fromTemplate": "base"}).raise_for_status()
+    deadline = time.monotonic() + PATIENCE
+    status: dict[str, object] = {}
+    while status.get("status") != "ready":
+        assert status.get("status") != "error", status
+        assert time.monotonic() < deadline, status
+        time.sleep(1)
+        status = api.get(f"/templates/{template}/builds/{build}/status").json()
 
 
 def run(sandbox: Sandbox, command: str) -> str:
@@ -113,6 +134,40 @@ def test_a_guest_with_memory_on_both_sides_of_the_gap_below_4_gib_is_resumed_and
         assert run(sandbox, look) == said
     finally:
         fork.kill(request_timeout=PATIENCE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_disk_is_as_slow_as_its_template_says_also_after_a_pause_and_in_a_fork(
+    name: str, start: Callable[[], Sandbox], api: httpx.Client
+) -> None:
+    build_with_rates(api, name, {"diskMBPerSecond": 2})
+    sandbox = start()
+    # Past every cache. Two seconds' worth may come at once: what is over from the second before, and that second's.
+    direct = "dd bs=1M count=16 conv=notrunc"
+    write, read = f"{direct} if=/dev/zero of=~/file oflag=direct", f"{direct} if=~/file of=/dev/null iflag=direct"
+
+    def seconds_of(where: Sandbox, command: str) -> float:
+        return float(run(where, f"TIMEFORMAT=%R; {{ time {command} 2>/dev/null; }} 2>&1"))
+
+    def assert_slow(where: Sandbox) -> None:
+        for command in (write, read):
+            assert 6 <= seconds_of(where, command) <= 30, command
+
+    assert_slow(sandbox)
+    sandbox.pause(request_timeout=PATIENCE)
+    sandbox = Sandbox.connect(sandbox.sandbox_id, timeout=1800, request_timeout=PATIENCE)
+    assert_slow(sandbox)
+    (fork,) = sandbox.fork(count=1, timeout=1800, request_timeout=PATIENCE)
+    try:
+        assert_slow(fork)
+    finally:
+        fork.kill(request_timeout=PATIENCE)
+    unlimited = Sandbox.create(timeout=1800, request_timeout=PATIENCE)
+    try:
+        assert seconds_of(unlimited, write) < 6, "the disk is slow without a rate: the times above show nothing"
+    finally:
+        unlimited.kill(request_timeout=PATIENCE)
 
 
 @pytest.mark.slow
