@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -16,6 +17,8 @@ class FakeEdge(edge_pb2_grpc.EdgeServicer):
         self.routes: dict[str, pb.Route] = {}
         self.calls: list[tuple[str, Any]] = []
         self.refuses: set[str] = set()
+        self.stuck: set[str] = set()
+        """Sandboxes whose routes it never gets around to drop."""
         self._server: grpc.aio.Server | None = None
 
     async def start(self, address: str) -> None:
@@ -38,6 +41,8 @@ class FakeEdge(edge_pb2_grpc.EdgeServicer):
         self.calls.append(("DropRoute", request))
         if "DropRoute" in self.refuses:
             await context.abort(grpc.StatusCode.INTERNAL, "the edge could not")
+        if request.sandbox_id in self.stuck:
+            await asyncio.Event().wait()
         self.routes.pop(request.sandbox_id, None)
         return pb.DropRouteResponse()
 

@@ -21,6 +21,7 @@ from emberbox.control.metrics import Metrics
 from emberbox.control.nodes import Node
 from emberbox.control.plane import Plane
 from emberbox.control.states import IN_TRANSITION, Event, State, moves
+from emberbox.control.turns import Turns
 from emberbox.store import nodes as node_rows
 from emberbox.store import sandboxes as rows
 from emberbox.store.records import NodeRecord, SandboxRecord
@@ -30,6 +31,8 @@ log = structlog.get_logger()
 
 _ABANDONED_MS = 10 * 60 * 1000
 """A transition of another api process is taken for interrupted after this: longer than any deadline of a call."""
+_AT_ONCE = 16
+"""Sandboxes whose changes are handled at the same time. Each may tell an edge, which does one thing after another."""
 
 _REASONS = {
     pb.END_REASON_KILLED: "killed",
@@ -46,17 +49,23 @@ class Reconciler:
         self._plane = plane
         self._lifecycle = lifecycle
         self._metrics = metrics
+        self._turns = Turns(_AT_ONCE)
 
     async def handle(self, node: Node, event: pb.NodeEvent, opened_ms: int) -> None:
         """Apply one event of a stream that was opened at `opened_ms`."""
         match event.WhichOneof("event"):
             case "state":
+                await self._turns.settled()
                 await self._node_seen(node)
                 await self._compare(node, event.state, opened_ms)
             case "changed":
-                await self._changed(node, event.changed)
+                # An edge or a node that answers late holds up one sandbox, not all of the node.
+                self._turns.add(event.changed.sandbox_id, lambda: self._try_changed(node, event.changed))
             case "samples":
                 await self._metrics.record(event.samples)
+
+    async def close(self) -> None:
+        await self._turns.close()
 
     # ---- the first event: everything there is
 
@@ -143,6 +152,15 @@ class Reconciler:
         await node.acknowledge([machine.sandbox_id])
 
     # ---- what happens by itself
+
+    async def _try_changed(self, node: Node, machine: pb.MachineStatus) -> None:
+        """Apply what happened; what cannot be applied now is compared with the node again."""
+        try:
+            await self._changed(node, machine)
+        except Exception as error:
+            expected = isinstance(error, ControlError)
+            log.warning("machine.change_failed", sandbox_id=machine.sandbox_id, error=str(error), exc_info=not expected)
+            node.look_again()
 
     async def _changed(self, node: Node, machine: pb.MachineStatus) -> None:
         record = await rows.get(self._plane.store, machine.sandbox_id)
@@ -257,9 +275,12 @@ class Reconciler:
 
 async def watch(plane: Plane, reconciler: Reconciler) -> None:
     """Follow every node until cancelled."""
-    async with asyncio.TaskGroup() as group:
-        for node in plane.nodes:
-            group.create_task(_watch_one(node, reconciler), name=f"watch {node.target}")
+    try:
+        async with asyncio.TaskGroup() as group:
+            for node in plane.nodes:
+                group.create_task(_watch_one(node, reconciler), name=f"watch {node.target}")
+    finally:
+        await reconciler.close()
 
 
 async def _watch_one(node: Node, reconciler: Reconciler) -> None:

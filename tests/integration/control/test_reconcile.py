@@ -410,6 +410,22 @@ async def test_a_drop_that_the_edge_did_not_take_is_made_good(restarted: World) 
     assert answer.status_code == 204
 
 
+async def test_an_edge_that_is_stuck_with_one_sandbox_does_not_hold_up_the_end_of_another(restarted: World) -> None:
+    async with restarted.serving():
+        await restarted.ready()
+        await eventually(lambda: bool(restarted.edge.calls))
+        held, other = [(await restarted.create())["sandboxID"] for _ in range(2)]
+        restarted.edge.stuck.add(held)
+
+        await restarted.node.end(held, pb.END_REASON_DIED)
+        await restarted.node.end(other, pb.END_REASON_DIED)
+
+        await eventually(lambda: other not in restarted.node.ended)
+        assert held in restarted.node.ended, "its address could be another sandbox's while its route is still there"
+        await settles(restarted, held, "ended")
+        await eventually(lambda: held not in restarted.node.ended)
+
+
 async def test_a_repeated_create_after_a_kill_makes_no_other_sandbox(restarted: World) -> None:
     send = {"json": {"templateID": "base"}, "headers": {"Idempotency-Key": "one"}}
     async with restarted.serving():
