@@ -72,8 +72,7 @@ async def _adopt(machines: Machines, sandbox: Sandbox, record: SandboxRecord) ->
         log.info("sandbox.adopted", sandbox_id=record.sandbox_id, state=record.state)
         machines.look_after(sandbox)
         if record.state is State.RUNNING and machines.hosting.runtime.capabilities.memory_snapshots:
-            # A snapshot of its files that was interrupted may have left them frozen.
-            machines.tasks.start(sandbox.operate(lambda: thaw_files(hosted)), name=f"thaw {sandbox.sandbox_id}")
+            machines.tasks.start(sandbox.operate(lambda: _go_on(hosted)), name=f"thaw {sandbox.sandbox_id}")
         return
     assert record.machine is not None
     if record.state is State.PAUSED:
@@ -89,6 +88,12 @@ async def _adopt(machines: Machines, sandbox: Sandbox, record: SandboxRecord) ->
     else:
         why = "the machine ended while the node process was away"
         await _lose(machines, sandbox, record, EndReason.DIED, why)
+
+
+async def _go_on(hosted: Hosted) -> None:
+    """Let go what a pause or snapshot that was interrupted may have left frozen."""
+    await thaw_files(hosted)
+    await hosted.thaw_programs()
 
 
 async def _lose(machines: Machines, sandbox: Sandbox, record: SandboxRecord, reason: EndReason, why: str) -> None:

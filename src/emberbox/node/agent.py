@@ -33,6 +33,7 @@ CONTROL_HEADER = "X-Ember-Control"
 
 _ANSWER_SECONDS = 5.0
 _FLUSH_SECONDS = 60.0
+_FREEZE_SECONDS = 2.0
 _THAW_PAUSE = 0.5
 _CONNECT_SECONDS = 0.1
 """For one attempt while waiting for the agent: the kernel repeats a SYN that was dropped after a whole second."""
@@ -129,10 +130,22 @@ class Agent:
 
     async def thaw_files(self) -> None:
         """Undo `freeze_files`, also one that is still under way: then it comes first. Nothing happens when none was."""
-        end = time.monotonic() + _FLUSH_SECONDS * self._scale
+        await self._undo("/fsthaw", _FLUSH_SECONDS)
+
+    async def freeze_programs(self) -> None:
+        """Stop what clients and the template started, until `/init` or `thaw_programs`. The agent itself goes on."""
+        await self._control("POST", "/freeze", expect=(204,), seconds=_FREEZE_SECONDS)
+
+    async def thaw_programs(self) -> None:
+        """Undo `freeze_programs`. Nothing happens when nothing was stopped."""
+        await self._undo("/unfreeze", _FREEZE_SECONDS)
+
+    async def _undo(self, route: str, seconds: float) -> None:
+        """Ask for a thaw; a freeze that is still under way comes first, and may take `seconds`."""
+        end = time.monotonic() + seconds * self._scale
         while True:
             try:
-                await self._control("POST", "/fsthaw", expect=(204,))
+                await self._control("POST", route, expect=(204,))
                 return
             except AgentBusy:
                 if time.monotonic() > end:

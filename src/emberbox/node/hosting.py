@@ -66,6 +66,24 @@ class Hosted:
     secret: str
     agent: Agent
 
+    async def freeze_programs(self) -> None:
+        """Stop what clients and the template started, before the memory is saved. Never fails: see the log.
+
+        More than one machine may be restored from it, with the same random state and the clock of then. `/init` puts
+        both right and lets the programs go on.
+        """
+        try:
+            await self.agent.freeze_programs()
+        except AgentFailure as error:
+            log.warning("machine.programs_not_frozen", machine_id=self.spec.machine_id, error=str(error))
+
+    async def thaw_programs(self) -> None:
+        """Undo `freeze_programs` in the machine that was saved and goes on. Never fails: see the log."""
+        try:
+            await self.agent.thaw_programs()
+        except AgentFailure as error:
+            log.error("machine.programs_not_thawed", machine_id=self.spec.machine_id, error=str(error))
+
     async def freeze_files(self) -> None:
         """Flush the files to the disk and hold writes, until the machine ends or `thaw_files`.
 

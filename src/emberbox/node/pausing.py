@@ -7,6 +7,7 @@ can be undone comes first and may be cancelled; the record and what follows from
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 import time
@@ -46,17 +47,18 @@ class Pausing:
     async def pause(self, sandbox: Sandbox, *, memory: bool) -> Status:
         record, hosted = sandbox.require(State.RUNNING), sandbox.hosted
         assert hosted is not None
-        await self._machines.logs.collect(sandbox.sandbox_id, hosted.agent)
         paused = replace(record, state=State.PAUSED, deadline_ms=0, memory_kept=memory, changed_ms=now_ms())
-        if not memory:
-            await self._pause_files(sandbox, hosted, paused)
-        elif self._hosting.runtime.capabilities.memory_snapshots:
+        if memory and self._hosting.runtime.capabilities.memory_snapshots:
             await self._pause_saving(sandbox, hosted, paused)
         else:
-            await self._pause_frozen(sandbox, hosted, paused)
+            await self._collect_log(sandbox, hosted)
+            await (self._pause_frozen if memory else self._pause_files)(sandbox, hosted, paused)
         self._machines.deadlines.clear(sandbox.sandbox_id)
         log.info("sandbox.paused", sandbox_id=sandbox.sandbox_id, memory=memory)
         return sandbox.status()
+
+    async def _collect_log(self, sandbox: Sandbox, hosted: Hosted) -> None:
+        await self._machines.logs.collect(sandbox.sandbox_id, hosted.agent)
 
     async def _pause_frozen(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:
         """Keep the machine as it is, with its clock stopped."""
@@ -79,6 +81,7 @@ class Pausing:
         directory = self._machines.saved_dir / f"{sandbox.sandbox_id}-{secrets.token_hex(4)}"
         try:
             await to_thread_whole(directory.mkdir, mode=0o700, parents=True)
+            await asyncio.gather(self._collect_log(sandbox, hosted), hosted.freeze_programs())
             await hosted.machine.pause()
             saved = await hosted.machine.save(directory, memory=True, final=True)
         except BaseException:
@@ -101,6 +104,7 @@ class Pausing:
 
     async def _undo_saving(self, hosted: Hosted, directory: Path) -> None:
         await self._thaw(hosted)
+        await hosted.thaw_programs()
         await remove_tree(directory)
 
     async def _pause_files(self, sandbox: Sandbox, hosted: Hosted, paused: SandboxRecord) -> None:

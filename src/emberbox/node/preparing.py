@@ -2,7 +2,8 @@
 
 Cold: start, run the template's start command, wait for its ready command. Where the runtime has memory snapshots that
 is done once: the machine is saved when it is ready, and later ones are restored from it. What is saved counts when its
-`meta.json`, written last, is there.
+`meta.json`, written last, is there, and names the runtime's parts as they are now: after an upgrade sandboxes get the
+new agent and kernel.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -25,14 +27,25 @@ from emberbox.node.pool import PoolKey
 from emberbox.node.records import SavedFacts, write_file
 from emberbox.node.tasks import Tasks, finish
 from emberbox.runtime.base import Limits, Saved
-from emberbox.runtime.errors import RuntimeFailure, SavedDamaged
+from emberbox.runtime.errors import RuntimeFailure, SavedDamaged, SavedUnfit
 from emberbox.threads import to_thread_whole
 
 log = structlog.get_logger("emberbox.node")
 
 _META = "meta.json"
 _FAILURE_PAUSE_SECONDS = 60.0
-_ADAPTER = TypeAdapter(SavedFacts)
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateMemory:
+    """`meta.json` of a template's memory."""
+
+    saved: SavedFacts
+    parts: str
+    """The runtime's, when it was saved."""
+
+
+_ADAPTER = TypeAdapter(TemplateMemory)
 
 
 class Preparing:
@@ -97,8 +110,8 @@ class Preparing:
                     hosted = await self._start(origin, limits, introduction, network, background)
                     hosted.machine.answered()
                     return hosted
-                except SavedDamaged as error:
-                    log.error("template_memory.damaged", build_id=image.build_id, error=str(error))
+                except (SavedDamaged, SavedUnfit) as error:
+                    log.error("template_memory.not_restored", build_id=image.build_id, error=str(error))
                     await asyncio.to_thread(shutil.rmtree, self._directory / str(key), ignore_errors=True)
             self._make_soon(key, image, limits)
         origin = Origin(image.layers, saved, saved_secret, upper)
@@ -135,14 +148,19 @@ class Preparing:
 
     def _find(self, key: PoolKey) -> tuple[Saved, str] | None:
         directory = self._directory / str(key)
+        facts = self._read(directory)
+        return None if facts is None else (facts.within(directory), facts.secret)
+
+    def _read(self, directory: Path) -> SavedFacts | None:
+        """What is saved in `directory`; None when that is nothing, or nothing that is good any more."""
         try:
-            facts = _ADAPTER.validate_json((directory / _META).read_bytes())
+            found = _ADAPTER.validate_json((directory / _META).read_bytes())
         except FileNotFoundError:
             return None
         except (ValidationError, OSError) as error:
-            log.error("template_memory.unreadable", path=str(directory), error=str(error))
+            log.warning("template_memory.unreadable", path=str(directory), error=str(error))
             return None
-        return facts.within(directory), facts.secret
+        return found.saved if found.parts == self._hosting.runtime.parts else None
 
     def _make_soon(self, key: PoolKey, image: Image, limits: Limits) -> asyncio.Task[None]:
         """Save the template's memory in the background, once; the task never fails."""
@@ -171,16 +189,17 @@ class Preparing:
             return
         key = PoolKey.of(image, limits)
         directory = self._directory / str(key)
-        if await asyncio.to_thread((directory / _META).exists):
+        if await asyncio.to_thread(self._read, directory) is not None:
             return
         hosted = await self._start(Origin(image.layers), limits, identity.unclaimed(image, limits))
         try:
             await self._hosting.run_template_commands(hosted, image)
             await self._hosting.rehearse(hosted, image)
             await to_thread_whole(_fresh_directory, directory)
+            await hosted.freeze_programs()
             await hosted.machine.pause()
             saved = await hosted.machine.save(directory, memory=True, final=True)
-            data = _ADAPTER.dump_json(SavedFacts.of(saved, hosted.secret))
+            data = _ADAPTER.dump_json(TemplateMemory(SavedFacts.of(saved, hosted.secret), self._hosting.runtime.parts))
             await to_thread_whole(write_file, directory / _META, data, flush=True)
         except BaseException:
             await finish(asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True))
@@ -200,13 +219,11 @@ class Preparing:
             await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
 
     def sweep(self, builds: Sequence[str]) -> list[str]:
-        """Remove half-made memories of an earlier process, and those of other builds than these; blocks."""
+        """Remove what is half-made or made with other parts, and what is of other builds than these; blocks."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         wanted = tuple(f"{build_id}-" for build_id in builds)
         removed = [
-            path
-            for path in self._directory.iterdir()
-            if not (path / _META).exists() or not path.name.startswith(wanted)
+            path for path in self._directory.iterdir() if self._read(path) is None or not path.name.startswith(wanted)
         ]
         for path in removed:
             shutil.rmtree(path, ignore_errors=True)

@@ -29,7 +29,7 @@ from emberbox.node.model import Image, NewSandbox, State, Status
 from emberbox.node.records import SandboxRecord, SavedFacts, write_file
 from emberbox.node.sandbox import Sandbox
 from emberbox.node.tasks import finish
-from emberbox.runtime.base import Limits
+from emberbox.runtime.base import Limits, Saved
 from emberbox.runtime.errors import RuntimeFailure
 from emberbox.threads import to_thread_whole
 
@@ -125,12 +125,13 @@ class Snapshots:
     ) -> SavedFacts:
         """Save a machine that is there. The runtime stops its clock for as short as it can."""
         remembers = self._machines.hosting.runtime.capabilities.memory_snapshots
-        memory = memory and remembers
+        if memory and remembers:
+            return SavedFacts.of(await _save_memory(hosted, directory), hosted.secret)
         # A guest kernel holds what was written until it is told to let go; a container's is the host's own.
-        flush = remembers and not memory and record.state is State.RUNNING
+        flush = remembers and record.state is State.RUNNING
         frozen = flush and await _freeze_files(hosted)
         try:
-            saved = await hosted.machine.save(directory, memory=memory)
+            saved = await hosted.machine.save(directory, memory=False)
         finally:
             if frozen:
                 await finish(thaw_files(hosted))
@@ -257,6 +258,24 @@ class Snapshots:
         except ValidationError as error:
             log.error("snapshot.damaged", snapshot_id=snapshot_id, error=str(error))
             raise NodeError(f"snapshot '{snapshot_id}' is damaged and cannot be used; delete it") from error
+
+
+async def _save_memory(hosted: Hosted, directory: Path) -> Saved:
+    """Save a running machine. Its programs go on as soon as its clock does, while the rest of the work is done."""
+    going_on: asyncio.Task[None] | None = None
+
+    def go_on() -> None:
+        nonlocal going_on
+        going_on = asyncio.create_task(hosted.thaw_programs(), name=f"thaw {hosted.spec.machine_id}")
+
+    async def gone_on() -> None:
+        await (going_on or hosted.thaw_programs())
+
+    try:
+        await hosted.freeze_programs()
+        return await hosted.machine.save(directory, memory=True, resumed=go_on)
+    finally:
+        await finish(gone_on())
 
 
 async def _freeze_files(hosted: Hosted) -> bool:

@@ -7,6 +7,7 @@ A runtime knows one way to isolate (`container`, `firecracker`). It is handed a 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -158,10 +159,13 @@ class Machine(Protocol):
 
     async def resume(self) -> None: ...
 
-    async def save(self, into: Path, *, memory: bool, final: bool = False) -> Saved:
+    async def save(
+        self, into: Path, *, memory: bool, final: bool = False, resumed: Callable[[], None] = lambda: None
+    ) -> Saved:
         """Write the machine's state into an existing empty directory. The machine stays as it is, paused or running.
 
         Args:
+            resumed: called when a running machine, which stood still for this, runs again.
             final: the machine is paused, and ends before its disk is written again or `into` is used; its disk may
                 be moved there by a link.
         """
@@ -178,6 +182,9 @@ class Machine(Protocol):
 class Runtime(Protocol):
     name: str
     capabilities: Capabilities
+    parts: str
+    """Names the programs and files that go into a memory saved now. What is kept for speed alone is made again when
+    they have changed; what belongs to a user is restored as long as it can be."""
 
     async def start(self, spec: MachineSpec) -> Machine:
         """Cold start; returns when the machine's first process runs. The node waits for the agent.

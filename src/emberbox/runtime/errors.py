@@ -15,5 +15,9 @@ class SavedDamaged(RuntimeFailure):
     """A saved machine fails its checksum or misses a file; it is refused rather than restored."""
 
 
+class SavedUnfit(RuntimeFailure):
+    """A saved machine is whole, but what is installed here does not load it: it is of another release or processor."""
+
+
 class NotSupported(RuntimeFailure):
     """This runtime cannot do it."""

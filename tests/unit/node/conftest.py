@@ -83,7 +83,7 @@ class FakeAgent:
     async def _answer(self, method: str, target: str, body: bytes) -> tuple[int, bytes]:
         route, _, query = target.partition("?")
         self.told.append(route)
-        if route == "/fsfreeze" and self.refuse_freeze:
+        if route in ("/freeze", "/fsfreeze") and self.refuse_freeze:
             return 500, b"no"
         if route == "/fsfreeze" and self.busy_freeze:
             return 503, b"not yet"
@@ -158,8 +158,15 @@ class FakeMachine:
     async def resume(self) -> None:
         self.frozen = False
 
-    async def save(self, into: Path, *, memory: bool, final: bool = False) -> Saved:
+    async def save(
+        self, into: Path, *, memory: bool, final: bool = False, resumed: Callable[[], None] = lambda: None
+    ) -> Saved:
         await self._runtime.passes("save")
+        if self._runtime.fail_save:
+            raise RuntimeFailure(self._runtime.fail_save)
+        self.agent.told.append("saved")
+        if not self.frozen:
+            resumed()
         (into / "upper").write_bytes(self.spec.upper.read_bytes())
         return Saved("fake", into, into / "upper", memory, {"from": self.spec.machine_id})
 
@@ -180,6 +187,7 @@ class FakeMachine:
 
 class FakeRuntime:
     name = "fake"
+    parts = "1"
 
     def __init__(self, *, memory: bool) -> None:
         self.capabilities = Capabilities(memory_snapshots=memory, live_limits=True, isolation="none")
@@ -188,6 +196,7 @@ class FakeRuntime:
         self.made: list[FakeMachine] = []
         """Every one, in order."""
         self.fail_start = ""
+        self.fail_save = ""
         self.fail_adopt = ""
         self.gates: dict[str, asyncio.Event] = {}
         self.reached: dict[str, asyncio.Event] = {}

@@ -166,7 +166,7 @@ async def test_a_pause_that_was_cut_short_is_undone(make_world: Any) -> None:
     assert world.node.machines.find("s1").status().state is State.RUNNING
 
 
-async def test_files_that_a_snapshot_cut_short_left_frozen_are_thawed(make_world: Any) -> None:
+async def test_files_and_programs_that_a_snapshot_cut_short_left_frozen_are_thawed(make_world: Any) -> None:
     world = await make_world(memory=True)
     await world.create("s1")
     agent = world.runtime.of(world.node, "s1").agent
@@ -175,7 +175,7 @@ async def test_files_that_a_snapshot_cut_short_left_frozen_are_thawed(make_world
 
     await world.start()
 
-    await until(lambda: "/fsthaw" in agent.told)
+    await until(lambda: {"/fsthaw", "/unfreeze"} <= set(agent.told))
 
 
 async def test_ends_are_reported_again_until_acknowledged(make_world: Any) -> None:

@@ -21,7 +21,7 @@ from emberbox.node.errors import (
 )
 from emberbox.node.model import EndReason, Image, Network, State, TimeoutAction, now_ms
 from emberbox.runtime.base import Limits, Rates
-from emberbox.runtime.errors import RuntimeFailure, SavedDamaged
+from emberbox.runtime.errors import RuntimeFailure, SavedDamaged, SavedUnfit
 from tests.unit.node.conftest import until
 
 RATES = Rates(disk_mb_per_second=5, network_mbit_per_second=8)
@@ -196,6 +196,52 @@ async def test_discarding_memory_starts_cold_from_the_files(make_world: Any, any
     assert machine.spec.upper.read_bytes() == b"files"
     assert machine is world.runtime.made[-1]
     assert len(world.runtime.machines) <= 2  # it, and maybe one that a template's memory is made of
+
+
+async def test_programs_stand_still_in_every_memory_that_is_saved_and_go_on_in_what_runs_on(make_world: Any) -> None:
+    world = await make_world(memory=True)
+    await world.create("s1")
+    await until(lambda: list((world.node.directory / "memories").glob("*/meta.json")))
+    template = world.runtime.made[-1].agent
+    agent = world.runtime.of(world.node, "s1").agent
+    assert template.told[-2:] == ["/freeze", "saved"]
+
+    agent.told.clear()
+    await world.node.snapshots.take("s1", "snap", memory=True)
+    assert agent.told == ["/freeze", "saved", "/unfreeze"]
+
+    agent.told.clear()
+    await world.node.machines.pause("s1", memory=True)
+    assert sorted(agent.told[:2]) == ["/freeze", "/logs"]
+    assert agent.told[2:] == ["saved"]
+
+
+async def test_programs_go_on_when_the_memory_cannot_be_saved(make_world: Any) -> None:
+    world = await make_world(memory=True)
+    await world.create("s1")
+    await until(lambda: list((world.node.directory / "memories").glob("*/meta.json")))
+    agent = world.runtime.of(world.node, "s1").agent
+    world.runtime.fail_save = "no room"
+
+    for save in (
+        lambda: world.node.snapshots.take("s1", "snap", memory=True),
+        lambda: world.node.machines.pause("s1", memory=True),
+    ):
+        agent.told.clear()
+        with pytest.raises(RuntimeFailure):
+            await save()
+        assert agent.told[-1] == "/unfreeze"
+        assert "/freeze" in agent.told
+
+
+async def test_an_agent_that_cannot_stop_programs_does_not_keep_a_sandbox_from_being_paused(make_world: Any) -> None:
+    world = await make_world(memory=True)
+    await world.create("s1")
+    world.runtime.of(world.node, "s1").agent.refuse_freeze = True
+
+    await world.node.machines.pause("s1", memory=True)
+
+    assert world.node.machines.find("s1").status().state is State.PAUSED
 
 
 async def paused_with_unflushed_files(make_world: Any) -> Any:
@@ -570,6 +616,41 @@ async def test_a_template_with_memory_is_started_once_and_then_restored(make_wor
     assert [saved.memory for saved in world.runtime.restored] == [True]
     assert world.runtime.of(world.node, "s2").agent.commands == []
     assert world.runtime.of(world.node, "s2").agent.inits[-1]["controlHash"]
+
+
+async def test_a_templates_memory_is_made_again_when_the_parts_in_it_have_changed(make_world: Any) -> None:
+    world = await make_world(memory=True)
+    memories = world.node.directory / "memories"
+    await world.create("s1")
+    await until(lambda: list(memories.glob("*/meta.json")))
+    world.runtime.parts = "2"
+
+    await world.create("s2")
+    assert world.runtime.restored == []
+    await until(lambda: [path for path in memories.glob("*/meta.json") if '"parts":"2"' in path.read_text()])
+    await world.create("s3")
+
+    assert [saved.memory for saved in world.runtime.restored] == [True]
+
+
+async def test_a_template_whose_memory_does_not_load_here_is_started_and_remembered_again(make_world: Any) -> None:
+    world = await make_world(memory=True)
+    memories = world.node.directory / "memories"
+    await world.create("s1")
+    await until(lambda: list(memories.glob("*/meta.json")))
+    before = next(memories.glob("*/meta.json")).stat().st_ino
+    restore = world.runtime.restore
+
+    async def unfit(spec: Any, saved: Any) -> Any:
+        world.runtime.restore = restore
+        raise SavedUnfit("saved on another processor")
+
+    world.runtime.restore = unfit
+    await world.create("s2")
+    await until(lambda: any(path.stat().st_ino != before for path in memories.glob("*/meta.json")))
+    await world.create("s3")
+
+    assert [saved.memory for saved in world.runtime.restored] == [True]
 
 
 async def test_only_a_restore_of_a_template_tells_what_a_start_needs(make_world: Any) -> None:
@@ -957,7 +1038,7 @@ async def test_files_are_flushed_as_fast_as_the_disk_can(make_world: Any) -> Non
 
     await world.node.snapshots.take("s1", "snap", memory=False)
 
-    assert agent.told == ["rates 0", "/fsfreeze", "/fsthaw", "rates 5"]
+    assert agent.told == ["rates 0", "/fsfreeze", "saved", "/fsthaw", "rates 5"]
 
 
 @pytest.mark.parametrize(
@@ -978,7 +1059,7 @@ async def test_a_flush_that_fails_leaves_files_and_rates_as_they_were(
 
     await world.node.snapshots.take("s1", "snap", memory=False)
 
-    assert agent.told == ["rates 0", "/fsfreeze", *undoes, "rates 5"]
+    assert agent.told == ["rates 0", "/fsfreeze", *undoes, "rates 5", "saved"]
 
 
 async def test_a_flush_that_is_cancelled_while_the_rates_are_lifted_sets_them_again(make_world: Any) -> None:

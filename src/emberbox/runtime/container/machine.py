@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Callable
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,9 @@ class Container:
         except RuntimeFailure as error:
             log.warning("container.rates_not_set", machine_id=self.spec.machine_id, reason=str(error))
 
-    async def save(self, into: Path, *, memory: bool, final: bool = False) -> Saved:
+    async def save(
+        self, into: Path, *, memory: bool, final: bool = False, resumed: Callable[[], None] = lambda: None
+    ) -> Saved:
         """Copy the upper. The machine stands still for as long as that takes."""
         if memory:
             raise NotSupported("containers cannot save their memory; save the files only")
@@ -149,6 +152,7 @@ class Container:
                 finally:
                     if not frozen_before:
                         await self._thaw()
+                        resumed()
             except BaseException as error:
                 await to_thread_whole(target.unlink, missing_ok=True)
                 if isinstance(error, OSError):

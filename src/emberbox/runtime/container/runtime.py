@@ -39,6 +39,7 @@ class ContainerRuntime:
     """
 
     name = NAME
+    parts = ""
     capabilities = Capabilities(
         memory_snapshots=False,
         live_limits=True,

@@ -129,14 +129,16 @@ class MicroVM:
         async with self._changing:
             await self._resume()
 
-    async def save(self, into: Path, *, memory: bool, final: bool = False) -> Saved:
+    async def save(
+        self, into: Path, *, memory: bool, final: bool = False, resumed: Callable[[], None] = lambda: None
+    ) -> Saved:
         """Write disk and, when `memory`, processes. A running machine stands still only while its state is taken."""
         async with self._changing:
             if not processes.is_alive(self._identity):
                 raise MachineGone(f"the microVM {self.spec.machine_id} has ended and cannot be saved")
             if memory:
-                return await self._save_with_memory(into, final=final)
-            return await self._save_disk(into)
+                return await self._save_with_memory(into, final=final, resumed=resumed)
+            return await self._save_disk(into, resumed)
 
     async def stats(self) -> Stats:
         stats = await asyncio.to_thread(self._read_stats)
@@ -188,7 +190,7 @@ class MicroVM:
 
     # ---- saving ----
 
-    async def _save_disk(self, into: Path) -> Saved:
+    async def _save_disk(self, into: Path, resumed: Callable[[], None]) -> Saved:
         was_running = not self._paused
         try:
             if was_running:
@@ -197,9 +199,10 @@ class MicroVM:
         finally:
             if was_running:
                 await self._resume()
+                resumed()
         return Saved(runtime=NAME, directory=into, upper=into / snapshots.UPPER, memory=False)
 
-    async def _save_with_memory(self, into: Path, *, final: bool) -> Saved:
+    async def _save_with_memory(self, into: Path, *, final: bool, resumed: Callable[[], None]) -> Saved:
         began = time.perf_counter()
         below = self._chain.pieces
         name = snapshots.next_name(below)
@@ -229,6 +232,7 @@ class MicroVM:
         finally:
             if was_running and processes.is_alive(self._identity):
                 await self._resume(after_save=True)
+                resumed()
         still = time.perf_counter() - began
         await to_thread_whole(self._finish, into, below, name, final=final)
         log.info(

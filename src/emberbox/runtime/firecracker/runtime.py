@@ -17,7 +17,7 @@ import structlog
 
 from emberbox.linux import processes, taps
 from emberbox.runtime.base import Capabilities, Limits, MachineSpec, Saved, Slot
-from emberbox.runtime.errors import RuntimeFailure, SavedDamaged
+from emberbox.runtime.errors import RuntimeFailure, SavedDamaged, SavedUnfit
 from emberbox.runtime.firecracker import balloon, changes, guest, jail, snapshots, working_set
 from emberbox.runtime.firecracker.api import Deadlines, Drive, Firecracker, NetworkInterface
 from emberbox.runtime.firecracker.chain import Chain
@@ -83,6 +83,7 @@ class FirecrackerRuntime:
 
     def __init__(self, settings: FirecrackerSettings, version: str) -> None:
         self.settings = settings
+        self.parts = f"{version} {guest.fingerprint(settings.guest)}"
         self._version = version
         self._deadlines = Deadlines().scaled(settings.time_scale)
         self._trusted = snapshots.Trusted()
@@ -154,7 +155,7 @@ class FirecrackerRuntime:
                     self._most_written = 0
                 raise
             except ApiError as error:
-                raise RuntimeFailure(
+                raise SavedUnfit(
                     f"the machine saved by Firecracker {manifest.firecracker} cannot be restored by "
                     f"{self._version}: {error.fault}"
                 ) from error
