@@ -64,9 +64,7 @@ agent: $(EMBERD) ## Build emberd
 
 $(EMBERD): $(AGENT_SOURCES) src/emberbox/__init__.py | install-go
 	@mkdir -p $(@D)
-	# checklinkname: the agent sets one variable of the runtime; see cmd/emberd/collect.go.
-	cd agent && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -checklinkname=0 -X main.version=$(VERSION)' \
-		-o build/emberd ./cmd/emberd
+	agent/build.sh $@ $(VERSION)
 
 # ---- checking
 

@@ -34,11 +34,6 @@ class AgentBuildHook(BuildHookInterface):
                 "building the wheel needs Go, of the version in agent/go.mod, on PATH or as GO=/path/to/go"
             )
         emberd = source / "build" / "emberd"
-        flags = f"-s -w -X main.version={self.metadata.version}"
-        subprocess.run(
-            [go, "build", "-trimpath", "-ldflags", flags, "-o", str(emberd), "./cmd/emberd"],
-            cwd=source,
-            env={**os.environ, "CGO_ENABLED": "0"},
-            check=True,
-        )
+        command = [source / "build.sh", emberd, self.metadata.version]
+        subprocess.run(command, env={**os.environ, "GO": go}, check=True)
         return emberd

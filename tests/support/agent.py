@@ -83,12 +83,7 @@ def build() -> Path:
     newest = max(p.stat().st_mtime for p in AGENT.rglob("*.go"))
     if not binary.exists() or binary.stat().st_mtime < newest:
         part = binary.with_suffix(f".{os.getpid()}")
-        subprocess.run(
-            ["go", "build", "-trimpath", "-ldflags", "-s -w -checklinkname=0", "-o", str(part), "./cmd/emberd"],
-            cwd=AGENT,
-            env={**os.environ, "CGO_ENABLED": "0"},
-            check=True,
-        )
+        subprocess.run([AGENT / "build.sh", part], check=True)
         part.replace(binary)
     return binary
 
