@@ -88,6 +88,10 @@ class RecipeError(Exception):
     """The image could not be made."""
 
 
+class InstallFailed(RecipeError):
+    """Emberbox could not be installed on a fresh system: a fault of its installer, unless nothing can be downloaded."""
+
+
 def cache_dir() -> Path:
     chosen = os.environ.get("EMBERBOX_LAB_CACHE")
     return Path(chosen) if chosen else Path.home() / ".cache" / "emberbox" / "lab"
@@ -246,7 +250,19 @@ def _install_tree(files: list[Path], root: Path, cache: Path, what: str) -> None
     }
     with _chroot_mounts(root, given):
         command = ("chroot", str(root), "/usr/lib/emberbox-lab/install", what)
-        _run(*command, log=cache / "install.log", env=_registry_environment())
+        try:
+            _try_twice(*command, log=cache / "install.log", env=_registry_environment())
+        except RecipeError as error:
+            raise InstallFailed(str(error)) from error
+
+
+def _try_twice(*command: str, log: Path, env: dict[str, str]) -> None:
+    """A download may fail once."""
+    try:
+        _run(*command, log=log, env=env)
+    except RecipeError as error:
+        say(f"once more: {error}")
+        _run(*command, log=log, env=env)
 
 
 # ---- the working tree ----

@@ -30,7 +30,7 @@ from emberbox.runtime.firecracker.errors import FirecrackerError, GuestFilesErro
 from tests.lab import lab as command_line  # noqa: E402
 from tests.lab import limits  # noqa: E402
 from tests.lab.host import Lab, LabError  # noqa: E402
-from tests.lab.recipe import LabImage, RecipeError, build, say  # noqa: E402
+from tests.lab.recipe import InstallFailed, LabImage, RecipeError, build, say  # noqa: E402
 from tests.support import firecracker as parts  # noqa: E402
 
 CLIENTS = (
@@ -57,7 +57,7 @@ MEMORY_NEEDED_MB = 6144
 
 
 class NotStarted(Exception):
-    """Emberbox does not start although the lab works: a failure of the tests, not of the lab."""
+    """Emberbox cannot be installed, or does not start although the lab works: a failure of the tests, not the lab."""
 
 
 def main() -> int:
@@ -139,10 +139,13 @@ def _refuse_unfit_machine() -> None:
 def _image() -> LabImage:
     """
     Raises:
+        NotStarted: Emberbox cannot be installed in it.
         LabError: it cannot be made here.
     """
     try:
         return build("bookworm", install=True)
+    except InstallFailed as error:
+        raise NotStarted(f"Emberbox cannot be installed on a fresh system: {error}") from error
     except (RecipeError, GuestFilesError, subprocess.SubprocessError, OSError) as error:
         raise LabError(f"its image cannot be made: {error}") from error
 

@@ -112,6 +112,8 @@ def runtime_here(settings: Settings, kvm_finding: Finding) -> str:
         return f"container, as there is no KVM to use: {kvm_finding.detail}"
     if not firecracker.present(settings):
         return "container, as Firecracker is not installed; with `emberbox setup` sandboxes are microVMs"
+    if not _guest_is_there(settings):
+        return "firecracker if a guest kernel boots when Emberbox starts, else container; `emberbox setup` tries it now"
     return "firecracker, as a guest kernel boots on this host's KVM"
 
 
@@ -346,9 +348,14 @@ def check_kvm(settings: Settings) -> str:
     return "ran a few instructions in a virtual machine; `emberbox setup` tries more, it boots a guest"
 
 
+def _guest_is_there(settings: Settings) -> bool:
+    """Whether Firecracker and a guest kernel are installed."""
+    return firecracker.present(settings) and (firecracker.parts_dir(settings) / "guest").is_dir()
+
+
 def _boot_guest(settings: Settings) -> bool:
     """Boot the trial guest where Firecracker and a guest kernel are installed; false where they are not."""
-    if not firecracker.present(settings) or not (firecracker.parts_dir(settings) / "guest").is_dir():
+    if not _guest_is_there(settings):
         return False
     parts = firecracker.install(settings)
     asyncio.run(firecracker.try_guest(settings, parts))

@@ -83,15 +83,19 @@ async def test_containers_are_taken_where_they_are_set(host: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("runtime", "kvm", "installed", "said"),
     [
-        ("auto", Verdict.FOUND, True, "firecracker, as a guest kernel boots"),
-        ("auto", Verdict.FOUND, False, "container, as Firecracker is not installed; with `emberbox setup`"),
-        ("auto", Verdict.ABSENT, True, "container, as there is no KVM to use: it died"),
-        ("container", Verdict.FOUND, True, "container, as it is set"),
+        ("auto", Verdict.FOUND, ("firecracker", "guest"), "firecracker, as a guest kernel boots"),
+        ("auto", Verdict.FOUND, ("firecracker",), "firecracker if a guest kernel boots when Emberbox starts"),
+        ("auto", Verdict.FOUND, (), "container, as Firecracker is not installed; with `emberbox setup`"),
+        ("auto", Verdict.ABSENT, ("firecracker", "guest"), "container, as there is no KVM to use: it died"),
+        ("container", Verdict.FOUND, ("firecracker", "guest"), "container, as it is set"),
     ],
 )
 def test_doctor_says_which_runtime_is_taken_and_why(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runtime: str, kvm: Verdict, installed: bool, said: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runtime: str, kvm: Verdict, installed: tuple[str, ...], said: str
 ) -> None:
-    monkeypatch.setattr(requirements.firecracker, "present", lambda _: installed)
+    monkeypatch.setattr(requirements.firecracker, "present", lambda _: "firecracker" in installed)
+    chosen = settings(tmp_path, runtime)
+    if "guest" in installed:
+        (requirements.firecracker.parts_dir(chosen) / "guest").mkdir(parents=True)
 
-    assert runtime_here(settings(tmp_path, runtime), Finding("kvm", kvm, "it died")).startswith(said)
+    assert runtime_here(chosen, Finding("kvm", kvm, "it died")).startswith(said)
