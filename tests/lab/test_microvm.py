@@ -65,6 +65,32 @@ def test_two_clones_of_one_memory_share_no_randomness_and_no_identity(new_sandbo
     assert all(a != b for a, b in zip(one, two, strict=True))
 
 
+def test_programs_that_go_on_in_forks_make_random_numbers_of_their_own_from_the_first_on(
+    new_sandbox: NewSandbox,
+) -> None:
+    source = new_sandbox()
+    mint = "import time, uuid\nwhile True:\n    print(uuid.uuid4(), time.time(), flush=True)\n    time.sleep(0.005)\n"
+    source.files.write("/tmp/mint.py", mint, request_timeout=PATIENCE)
+    source.commands.run("python3 /tmp/mint.py > /tmp/minted", background=True, timeout=0, request_timeout=PATIENCE)
+    until("it mints", lambda: int(run(source, "wc -l < /tmp/minted")) > 20)
+
+    forks = source.fork(count=2, timeout=1800, request_timeout=PATIENCE)
+    try:
+        minted = [run(each, "cat /tmp/minted").splitlines() for each in (source, *forks)]
+    finally:
+        for fork in forks:
+            fork.kill(request_timeout=PATIENCE)
+
+    assert all(len(lines) > 40 for lines in minted)
+    twice = [
+        lines
+        for lines in zip(*minted, strict=False)
+        if len({line.split()[0] for line in lines}) < len(lines) and len(set(lines)) > 1
+    ]
+    # The number that was made, and not written yet, when the memory was saved is everybody's.
+    assert len(twice) <= 1, twice
+
+
 def test_the_clock_of_a_restored_machine_is_right(new_sandbox: NewSandbox, in_lab: InLab) -> None:
     sandbox = new_sandbox()
 

@@ -1,4 +1,4 @@
-"""`emberbox setup`: fetches what microVMs need, and tries whether this host runs one."""
+"""`emberbox setup`: fetches what microVMs need, renews the guest kernel, and tries whether this host runs one."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ def setup(settings: Settings, *, source: Path | None) -> None:
     A host whose KVM does not run it is not an error: the parts are there, and sandboxes are containers.
     """
     require_root()
+    if settings.guest_kernel is None and firecracker.present(settings):
+        with err.status("looking for a newer guest kernel"):
+            _renew_kernel(settings)
     try:
         with err.status("fetching Firecracker and the guest kernel"):
             parts = firecracker.install(settings, source)
@@ -33,3 +36,12 @@ def setup(settings: Settings, *, source: Path | None) -> None:
         warn(f"microVMs do not run here: {error}. Sandboxes will be containers.")
         return
     out.print("a guest booted: sandboxes will be microVMs", markup=False)
+
+
+def _renew_kernel(settings: Settings) -> None:
+    try:
+        release = firecracker.renew_kernel(settings)
+    except FirecrackerError as error:
+        warn(f"no newer guest kernel could be looked for: {error}")
+    else:
+        note(f"the guest kernel is {release}; a node that runs uses it after its next start")

@@ -21,9 +21,9 @@ log = structlog.get_logger()
 
 _SECONDS = {
     "Describe": 5.0,
-    "Create": 60.0,
+    "Create": 180.0,
     "Pause": 120.0,
-    "Resume": 60.0,
+    "Resume": 180.0,  # of a paused sandbox: after a reboot all of its memory is read first
     "Snapshot": 300.0,
     "DeleteSnapshot": 30.0,
     "Fork": 300.0,

@@ -30,6 +30,8 @@ from emberbox.threads import to_thread_whole
 log = structlog.get_logger("emberbox.node")
 
 _START_SECONDS = 30.0
+_READ_MIB_PER_SECOND = 32
+"""A disk at least as fast as this gives a restore its time: the first one after a reboot reads all that was saved."""
 _DESTROY_SECONDS = 30.0
 _READY_FIRST_POLL, _READY_LAST_POLL = 0.02, 0.5
 _REHEARSAL_SECONDS = 10.0
@@ -255,13 +257,12 @@ class Hosting:
             dns_servers=(slot.host_address,),
             background=background,
         )
-        limit = _START_SECONDS * self.time_scale
+        saved = origin.saved if origin.saved is not None and (origin.saved.memory or not self._remembers) else None
+        reads = limits.memory_mb / _READ_MIB_PER_SECOND if saved is not None and saved.memory else 0.0
+        limit = (_START_SECONDS + reads) * self.time_scale
         try:
             async with asyncio.timeout(limit):
-                if origin.saved is not None and (origin.saved.memory or not self._remembers):
-                    machine = await self.runtime.restore(spec, origin.saved)
-                else:
-                    machine = await self.runtime.start(spec)
+                machine = await (self.runtime.start(spec) if saved is None else self.runtime.restore(spec, saved))
         except TimeoutError:
             raise RuntimeFailure(f"the machine did not start within {limit:g} s") from None
         undo.push_async_callback(machine.destroy)

@@ -143,6 +143,10 @@ def test_package_lists_are_fetched_when_apt_has_none(tmp_path: Path, monkeypatch
     assert asked[-3:] == ["apt-cache depends", "apt-cache depends", "apt-get download"]
     assert asked.count("apt-get update") == 1
 
+    asked.clear()
+    kernel.fetch_packages(tmp_path, update=True)
+    assert asked[0] == "apt-get update"
+
 
 def test_modules_that_have_a_package_of_their_own_are_fetched_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from emberbox.runtime.base import MIB, Limits, MachineSpec, Rates, Slot
 from emberbox.runtime.firecracker import binaries, guest, jail, kernel, setup, trial
 from emberbox.runtime.firecracker.api import RateLimit
 from emberbox.runtime.firecracker.errors import FirecrackerError, GuestFilesError
+from emberbox.runtime.firecracker.kernel import KernelTree
 from emberbox.runtime.firecracker.machine import buckets
 from emberbox.settings import Settings
 
@@ -130,6 +131,48 @@ def test_guest_files_are_made_once_for_each_agent(tmp_path: Path) -> None:
     assert other.initramfs != first.initramfs
     assert b"two" in other.initramfs.read_bytes()
     assert first.initramfs.stat().st_mode & 0o777 == 0o444
+
+
+def test_the_guest_kernel_is_renewed_and_stays_when_no_newer_can_be_had(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    newest = {"release": "6.1.0-1", "image": b"one"}
+    updated: list[bool] = []
+
+    def fetch(into: Path, *, update: bool = False) -> list[Path]:
+        updated.append(update)
+        if not newest:
+            raise GuestFilesError("no network")
+        return []
+
+    def unpack(_: object, into: Path) -> KernelTree:
+        (into / "boot").mkdir()
+        (into / "boot" / f"vmlinuz-{newest['release']}").write_bytes(newest["image"])  # type: ignore[arg-type]
+        (into / "lib" / "modules" / str(newest["release"])).mkdir(parents=True)
+        return kernel.open_tree(into)
+
+    monkeypatch.setattr(kernel, "fetch_packages", fetch)
+    monkeypatch.setattr(kernel, "unpack_packages", unpack)
+    assert guest.renew_kernel(tmp_path) == "6.1.0-1"
+    made = tmp_path / "vmlinux-6.1.0-1"
+    made.touch()
+
+    guest.renew_kernel(tmp_path)
+    assert made.exists(), "it is the same"
+
+    newest["image"] = b"one, built again"
+    guest.renew_kernel(tmp_path)
+    assert not made.exists()
+
+    newest |= {"release": "6.1.0-2", "image": b"two"}
+    assert guest.renew_kernel(tmp_path) == "6.1.0-2"
+    newest.clear()
+    with pytest.raises(GuestFilesError, match="no network"):
+        guest.renew_kernel(tmp_path)
+
+    assert kernel.open_tree(tmp_path / "package").release == "6.1.0-2"
+    assert [path.name for path in tmp_path.iterdir()] == ["package"]
+    assert all(updated)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,9 @@ _KERNEL_WORDS = (
     "random.trust_cpu=on",
     "clocksource=kvm-clock",
 )
+
+
+_PACKAGE = "package"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ def make_guest_files(folder: Path, agent: Path, own_kernel: Path | None = None) 
 
 def fingerprint(files: GuestFiles) -> str:
     """Return another word when guests boot from other files, or with other words to their kernel."""
-    facts = [(path.name, path.stat().st_size) for path in (files.kernel, files.initramfs)]
+    facts = [(path.name, path.stat().st_mtime_ns) for path in (files.kernel, files.initramfs)]
     return _digest(json.dumps([facts, _KERNEL_WORDS]).encode())
 
 
@@ -110,19 +114,45 @@ def _from_own_kernel(folder: Path, agent: Path, own_kernel: Path) -> GuestFiles:
     return files
 
 
+def renew_kernel(folder: Path) -> str:
+    """Put the distribution's newest kernel package in place of the one under `folder`, and return its release.
+
+    What boots from the old one goes on. `make_guest_files` makes the new files.
+
+    Raises:
+        GuestFilesError: the package could not be had; the old one is still there.
+    """
+    place = folder / _PACKAGE
+    with _fetched(folder, update=True) as tree:
+        before = kernel.open_tree(place) if place.exists() else None
+        if before is None or before.vmlinuz.read_bytes() != tree.vmlinuz.read_bytes():
+            (folder / f"vmlinux-{tree.release}").unlink(missing_ok=True)  # a release may be built again
+            if before is not None:
+                place.rename(tree.root.with_name("before"))
+            tree.root.rename(place)
+        return tree.release
+
+
 def _kernel_tree(folder: Path) -> kernel.KernelTree:
-    """Return the newest unpacked kernel package, fetching one when there is none."""
-    place = folder / "package"
+    """Return the unpacked kernel package, fetching one when there is none."""
+    place = folder / _PACKAGE
     if not place.exists():
-        work = Path(tempfile.mkdtemp(dir=folder, prefix="work-"))
-        try:
-            unpacked = work / "tree"
-            unpacked.mkdir()
-            kernel.unpack_packages(kernel.fetch_packages(work), unpacked)
-            unpacked.rename(place)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        with _fetched(folder, update=False) as tree:
+            tree.root.rename(place)
     return kernel.open_tree(place)
+
+
+@contextlib.contextmanager
+def _fetched(folder: Path, *, update: bool) -> Iterator[kernel.KernelTree]:
+    """A kernel package, unpacked in a folder that goes with the block unless it is taken out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=folder, prefix="work-"))
+    try:
+        unpacked = work / "tree"
+        unpacked.mkdir()
+        yield kernel.unpack_packages(kernel.fetch_packages(work, update=update), unpacked)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -59,15 +59,18 @@ class KernelTree:
         return next((place for place in places if place.is_dir()), places[0])
 
 
-def fetch_packages(into: Path) -> list[Path]:
+def fetch_packages(into: Path, *, update: bool = False) -> list[Path]:
     """Download the newest kernel for virtual machines through apt into the folder `into`: one package or several.
 
     apt checks them against the distribution's signed index.
 
+    Args:
+        update: ask the distribution first what is newest; otherwise this host's lists say, where it has them.
+
     Raises:
         GuestFilesError: apt is missing, or it could not find or fetch a package.
     """
-    names = _packages(into)
+    names = [] if update else _packages(into)
     if not names:  # a fresh machine has no lists of packages yet
         _run(["apt-get", "update", "-q"], cwd=into)
         names = _packages(into)

@@ -52,6 +52,15 @@ def install(settings: Settings, source: Path | None = None) -> Parts:
     return Parts(_programs(settings, folder, source), _guest_files(settings, folder))
 
 
+def renew_kernel(settings: Settings) -> str:
+    """Fetch the distribution's newest guest kernel, which the node's next start uses; returns its release.
+
+    Raises:
+        FirecrackerError: it cannot be had; what was there stays.
+    """
+    return guest.renew_kernel(parts_dir(settings) / "guest")
+
+
 async def open_runtime(settings: Settings) -> FirecrackerRuntime:
     """Install what is missing, boot a trial guest, and return the runtime.
 

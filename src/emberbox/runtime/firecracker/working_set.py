@@ -1,8 +1,9 @@
 """What a restored guest touches until it first answers, so that it can be read ahead of the next restore.
 
-After a reboot of the host a memory file is on the disk alone, and each page that the guest touches first is a read of
-its own. The pages of the first restore's memory that were touched until its agent answered are written down beside
-the saved machine; every later restore asks for them in a few large reads, while Firecracker is still being started.
+A memory file that nobody has read for long is on the disk alone, and each page that the guest touches first is a read
+of its own. The pages of the first restore's memory that were touched until its agent answered are written down beside
+the saved machine; every later restore asks for them in a few large reads, while Firecracker is still being started. The
+first restore after a reboot of the host sums the file up, and so has read all of it.
 """
 
 from __future__ import annotations
