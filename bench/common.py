@@ -88,6 +88,11 @@ def machine() -> dict[str, str | int | float]:
     }
 
 
+def emulated() -> bool:
+    """Whether this machine's processor is software, as the lab's is."""
+    return "QEMU TCG" in str(machine()["cpu"])
+
+
 @contextlib.contextmanager
 def an_emberbox(**settings: str) -> Iterator[Emberbox]:
     """The Emberbox that the environment names, or a fresh one with these settings that ends with the block."""
