@@ -139,6 +139,17 @@ def node_killed(in_lab: InLab, wait: str, look: str = "true") -> Iterator[list[s
     until("the node is back", lambda: node_connections(in_lab) > before)
 
 
+def appears(pattern: str) -> str:
+    """A shell command that ends when a file of this name is there. No process is started for a look."""
+    return f'touch {WATCHING}; while :; do set -- {pattern}; [ -e "$1" ] && break; done'
+
+
+def grows(folder: str) -> str:
+    """A shell command that ends when there is one more file in the folder."""
+    look = f'look() {{ set -- {folder}/*; [ -e "$1" ] || shift; found=$#; }}'
+    return f"{look}; look; n=$found; touch {WATCHING}; while :; do look; [ $found -gt $n ] && break; done"
+
+
 def use_up_the_pool(new_sandbox: NewSandbox) -> None:
     """Create more sandboxes than machines wait: those have their disk already."""
     for _ in range(4):

@@ -16,8 +16,10 @@ from tests.lab.support import (
     InLab,
     NewSandbox,
     answers,
+    appears,
     connect,
     counting,
+    grows,
     machine_of,
     node_killed,
     remains,
@@ -129,17 +131,6 @@ def test_a_pause_that_fills_the_disk_is_refused_and_the_sandbox_runs_on(new_sand
     assert goes_on(connect(sandbox))
 
 
-def appears(pattern: str) -> str:
-    """A shell command that ends when a file of this name is there. No process is started for a look."""
-    return f'touch {WATCHING}; while :; do set -- {pattern}; [ -e "$1" ] && break; done'
-
-
-def grows(folder: str) -> str:
-    """A shell command that ends when there is one more file in the folder."""
-    look = f'look() {{ set -- {folder}/*; [ -e "$1" ] || shift; found=$#; }}'
-    return f"{look}; look; n=$found; touch {WATCHING}; while :; do look; [ $found -gt $n ] && break; done"
-
-
 def of_record(sandbox: Sandbox) -> str:
     """A shell command that prints what the node had written down of a sandbox's state."""
     return f'grep -o \'"state":"[a-z]*"\' {NODE}/records/{sandbox.sandbox_id}.json'
@@ -241,6 +232,25 @@ def test_a_node_killed_in_the_middle_of_a_copy_leaves_the_source_running_and_no_
     assert is_whole(sandbox)
     until("nothing is left", lambda: set(in_lab(f"ls {NODE}/snapshots").split()) == others, 90)
     make()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_node_killed_while_it_merges_what_lies_behind_a_machine_loses_nothing(
+    new_sandbox: NewSandbox, in_lab: InLab
+) -> None:
+    sandbox = with_work(new_sandbox)
+    machine, _ = machine_of(in_lab, sandbox)
+
+    with node_killed(in_lab, appears(f"{NODE}/machines/{machine}/*/merged/merging")):
+        for _ in range(4):  # each leaves another piece behind the machine
+            snapshot = sandbox.create_snapshot(request_timeout=PATIENCE)
+            Sandbox.delete_snapshot(snapshot.snapshot_id, request_timeout=PATIENCE)
+
+    assert goes_on(sandbox)
+    sandbox.pause(request_timeout=PATIENCE)
+    assert is_whole(sandbox)
+    assert goes_on(sandbox)
 
 
 @pytest.mark.slow
