@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,46 @@ def test_a_checksum_is_the_same_for_a_clone_and_differs_for_one_changed_byte(tmp
 
     assert same == sparse.checksum(tmp_path / "a")
     assert sparse.checksum(tmp_path / "b") != same
+
+
+@given(
+    content=st.dictionaries(st.integers(0, 140), st.integers(0, 2)),
+    filled=st.sets(st.integers(0, 140)),
+    tail=st.integers(0, PAGE - 1),
+)
+def test_a_checksum_of_contents_is_that_of_the_bytes_wherever_holes_are(
+    content: dict[int, int], filled: set[int], tail: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        one, other = Path(folder, "one"), Path(folder, "other")
+        for path, pages in ((one, content), (other, {**dict.fromkeys(filled, 0), **content})):
+            write(path, pages)
+            os.truncate(path, 141 * PAGE + tail)
+
+        assert one.read_bytes() == other.read_bytes()
+        same = sparse.checksum(one, sparse.CONTENTS)
+        assert sparse.checksum(other, sparse.CONTENTS) == same
+        changed = max(content, default=3)
+        with other.open("r+b") as handle:
+            handle.seek(changed * PAGE + 17)
+            byte = handle.read(1)
+            handle.seek(-1, os.SEEK_CUR)
+            handle.write(bytes([byte[0] ^ 1]))
+        assert sparse.checksum(other, sparse.CONTENTS) != same
+
+
+def test_a_checksum_of_contents_tells_where_the_bytes_are_and_one_of_the_layout_where_holes_are(tmp_path: Path) -> None:
+    write(tmp_path / "a", {1: 1, 9: 2})
+    write(tmp_path / "b", {2: 1, 9: 2})
+    write(tmp_path / "c", {1: 1, 3: 0, 9: 2})
+
+    contents = {name: sparse.checksum(tmp_path / name, sparse.CONTENTS) for name in "abc"}
+    layouts = {sparse.checksum(tmp_path / name) for name in "abc"}
+
+    assert contents["a"] == contents["c"] != contents["b"]
+    assert len(layouts) == 3
+    assert {sparse.checksum_kind(text) for text in contents.values()} == {sparse.CONTENTS}
+    assert sparse.checksum_kind("crc32:1:ab") is None
 
 
 def test_a_checksum_differs_when_the_file_was_cut(tmp_path: Path) -> None:

@@ -19,8 +19,10 @@ import xxhash
 _FICLONE = 0x40049409  # _IOW(0x94, 9, int), linux/fs.h
 _CHUNK = 4 * 1024 * 1024
 _READ = 256 * 1024
-"""Of a file that is only looked at: stays in the processor's cache. A multiple of `_HOLE`."""
-_SUM = "xxh64"
+"""Of a file that is only looked at: stays in the processor's cache. A multiple of `_HOLE` and of `_PAGE`."""
+LAYOUT, CONTENTS = "xxh64", "xxh64-contents"
+"""Kinds of checksums."""
+_PAGE = 4096
 _HOLE = 64 * 1024
 """Smallest hole that is dug: more and smaller ones cost each clone and checksum a few system calls apiece."""
 _ZEROS = bytes(_HOLE)
@@ -95,27 +97,82 @@ def data_ranges(path: Path) -> Iterator[tuple[int, int]]:
         yield from _ranges(reader.fileno())
 
 
-def checksum(path: Path) -> str:
-    """Return a checksum of the file's size and contents that holes do not change the cost of.
+def checksum(path: Path, kind: str = LAYOUT) -> str:
+    """Return a checksum of the file's size and of what is in it, that holes do not change the cost of.
 
-    It finds damage, not forgery: XXH64 (as fast as memory, on any processor) over every range that is not a hole, with
-    its place.
+    It finds damage, not forgery: XXH64, as fast as memory on any processor.
+
+    Args:
+        kind: `LAYOUT`: a hole is not the same as zeros. `CONTENTS`: it is. A file system turns one into the other when
+            it likes: tmpfs when somebody who has mapped the file reads there, others when it is copied.
     """
     total = xxhash.xxh64()
-    buffer = memoryview(bytearray(_READ))
     with path.open("rb") as reader:
         descriptor = reader.fileno()
-        for offset, length in _ranges(descriptor):
-            total.update(b"%d+%d" % (offset, length))
-            for block in _blocks(descriptor, offset, offset + length, buffer):
-                total.update(block)
+        for part in _contents(descriptor) if kind == CONTENTS else _layout(descriptor):
+            total.update(part)
         size = os.fstat(descriptor).st_size
-    return f"{_SUM}:{size}:{total.hexdigest()}"
+    return f"{kind}:{size}:{total.hexdigest()}"
 
 
-def has_checksum(text: str) -> bool:
-    """Whether it is of the kind that `checksum` returns."""
-    return text.startswith(f"{_SUM}:")
+def checksum_kind(text: str) -> str | None:
+    """The kind of a checksum; None when it is of none that is made today."""
+    kind = text.partition(":")[0]
+    return kind if kind in (LAYOUT, CONTENTS) else None
+
+
+def _layout(descriptor: int) -> Iterator[bytes | memoryview]:
+    """Every range that is not a hole, with its place."""
+    buffer = memoryview(bytearray(_READ))
+    for offset, length in _ranges(descriptor):
+        yield b"%d+%d" % (offset, length)
+        yield from _blocks(descriptor, offset, offset + length, buffer)
+
+
+def _contents(descriptor: int) -> Iterator[bytes | memoryview]:
+    """Every run of pages that are not all zeros, with its place."""
+    buffer = memoryview(bytearray(_READ))
+    ended = -1
+    for offset, length in _whole_pages(descriptor):
+        position = offset
+        for block in _blocks(descriptor, offset, offset + length, buffer):
+            for start, end in _filled(block):
+                if position + start != ended:
+                    yield b"@%d" % (position + start)
+                yield block[start:end]
+                ended = position + end
+            position += len(block)
+
+
+def _whole_pages(descriptor: int) -> Iterator[tuple[int, int]]:
+    """The ranges that are not holes, extended to whole pages: blocks of a file system may be smaller."""
+    size = os.fstat(descriptor).st_size
+    ended = 0
+    for offset, length in _ranges(descriptor):
+        start = max(ended, offset - offset % _PAGE)
+        ended = min(size, -(-(offset + length) // _PAGE) * _PAGE)
+        if start < ended:
+            yield start, ended - start
+
+
+def _filled(block: memoryview) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of the runs of pages in `block` that are not all zeros; its last page may be a part of one."""
+    whole = len(block) - len(block) % _PAGE
+    firsts = block[:whole].cast("Q")[:: _PAGE // 8].tolist()
+    if whole == len(block) and all(firsts):  # most pages do not begin with zeros
+        yield 0, whole
+        return
+    began: int | None = None
+    for number, at in enumerate(range(0, len(block), _PAGE)):
+        page = block[at : at + _PAGE]
+        zeros = not (number < len(firsts) and firsts[number]) and bytes(page) == _ZEROS[: len(page)]
+        if zeros and began is not None:
+            yield began, at
+            began = None
+        elif not zeros and began is None:
+            began = at
+    if began is not None:
+        yield began, len(block)
 
 
 def digest(path: Path) -> str:

@@ -49,9 +49,10 @@ def left_over(spec: MachineSpec, instance: str) -> list[str]:
 
 
 def firecrackers(instance: str) -> list[int]:
-    """Pids in the control groups of the instance's machines."""
+    """Pids in the control groups of the instance's machines, without the threads that KVM adds for a guest."""
     groups = (*Path("/sys/fs/cgroup").glob(f"{instance}/*/"), *Path("/sys/fs/cgroup/cpu").glob(f"{instance}/*/"))
-    return [int(line) for group in groups for line in (group / "cgroup.procs").read_text().split()]
+    pids = [int(line) for group in groups for line in (group / "cgroup.procs").read_text().split()]
+    return [pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def memory_limit(group: str) -> int:

@@ -49,7 +49,7 @@ class Chain:
             listed = json.loads((self._folder / _LIST).read_text())
             pieces = tuple(Piece(**piece) for piece in listed)
             # Summed up in another way by an older node process, whose machine this was.
-            return pieces if all(sparse.has_checksum(piece.checksum) for piece in pieces) else ()
+            return pieces if all(sparse.checksum_kind(piece.checksum) for piece in pieces) else ()
         except (OSError, ValueError, TypeError):
             return ()
 

@@ -301,7 +301,9 @@ class MicroVM:
             link_whole(self._chain.folder, into)
         # First: while ext4 finds places for what is not on the disk yet, Linux before 6.9 may call it a hole.
         snapshots.flush(into, name)
-        pieces = (*below, snapshots.Piece(name, sparse.checksum(into / name)))
+        # A hole in changes says that nothing changed there; in the memory below them it is zeros.
+        kind = sparse.LAYOUT if below else sparse.CONTENTS
+        pieces = (*below, snapshots.Piece(name, sparse.checksum(into / name, kind)))
         if len(pieces) > _MOST_PIECES:
             pieces = snapshots.merge_changes(into, pieces)
         snapshots.Manifest(

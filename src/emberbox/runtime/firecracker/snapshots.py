@@ -253,7 +253,7 @@ def next_name(pieces: tuple[Piece, ...]) -> str:
 
 def _verify_file(path: Path, expected: str) -> None:
     try:
-        found = sparse.checksum(path)
+        found = sparse.checksum(path, sparse.checksum_kind(expected) or sparse.LAYOUT)
     except FileNotFoundError:
         raise SavedDamaged(f"the saved machine is incomplete: {path.name} is missing") from None
     if found != expected:
