@@ -32,6 +32,7 @@ log = structlog.get_logger("emberbox.node")
 _START_SECONDS = 30.0
 _READ_MIB_PER_SECOND = 32
 """A disk at least as fast as this gives a restore its time: the first one after a reboot reads all that was saved."""
+_THAW_TRIES, _THAW_PAUSE = 5, 0.5
 _DESTROY_SECONDS = 30.0
 _READY_FIRST_POLL, _READY_LAST_POLL = 0.02, 0.5
 _REHEARSAL_SECONDS = 10.0
@@ -80,11 +81,16 @@ class Hosted:
             log.warning("machine.programs_not_frozen", machine_id=self.spec.machine_id, error=str(error))
 
     async def thaw_programs(self) -> None:
-        """Undo `freeze_programs` in the machine that was saved and goes on. Never fails: see the log."""
-        try:
-            await self.agent.thaw_programs()
-        except AgentFailure as error:
-            log.error("machine.programs_not_thawed", machine_id=self.spec.machine_id, error=str(error))
+        """Undo `freeze_programs` in the machine that was saved and goes on, and try hard. Never fails: see the log."""
+        for _ in range(_THAW_TRIES):
+            try:
+                return await self.agent.thaw_programs()
+            except AgentFailure as error:
+                log.error("machine.programs_not_thawed", machine_id=self.spec.machine_id, error=str(error))
+            if not await self.machine.alive():
+                return None
+            await asyncio.sleep(_THAW_PAUSE)
+        return None
 
     async def freeze_files(self) -> None:
         """Flush the files to the disk and hold writes, until the machine ends or `thaw_files`.

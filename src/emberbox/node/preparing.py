@@ -57,6 +57,7 @@ class Preparing:
         self._turn = asyncio.Semaphore(starts_at_once)
         self._remembers = hosting.runtime.capabilities.memory_snapshots
         self._making: dict[PoolKey, asyncio.Task[None]] = {}
+        self._made: set[PoolKey] = set()
         self._rest_until: dict[PoolKey, float] = {}
         self._forgotten: set[str] = set()
         """IDs of builds that were deleted: a create that began before may still ask for their memory."""
@@ -112,6 +113,8 @@ class Preparing:
                     return hosted
                 except (SavedDamaged, SavedUnfit) as error:
                     log.error("template_memory.not_restored", build_id=image.build_id, error=str(error))
+                    if key in self._made:  # by this process, and already no good: not again and again
+                        self._rest_until[key] = time.monotonic() + _FAILURE_PAUSE_SECONDS
                     await asyncio.to_thread(shutil.rmtree, self._directory / str(key), ignore_errors=True)
             self._make_soon(key, image, limits)
         origin = Origin(image.layers, saved, saved_secret, upper)
@@ -201,6 +204,7 @@ class Preparing:
             saved = await hosted.machine.save(directory, memory=True, final=True)
             data = _ADAPTER.dump_json(TemplateMemory(SavedFacts.of(saved, hosted.secret), self._hosting.runtime.parts))
             await to_thread_whole(write_file, directory / _META, data, flush=True)
+            self._made.add(key)
         except BaseException:
             await finish(asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True))
             raise

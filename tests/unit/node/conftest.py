@@ -45,6 +45,7 @@ class FakeAgent:
         """Routes in order, and what the machine's disk was set to in between."""
         self.refuse_init = False
         self.refuse_freeze = False
+        self.refuse_thaws = 0
         self.busy_freeze = False
         """It does not say that it was done, and may do it yet."""
         self.refuse_commands = False
@@ -84,6 +85,9 @@ class FakeAgent:
         route, _, query = target.partition("?")
         self.told.append(route)
         if route in ("/freeze", "/fsfreeze") and self.refuse_freeze:
+            return 500, b"no"
+        if route == "/unfreeze" and self.refuse_thaws:
+            self.refuse_thaws -= 1
             return 500, b"no"
         if route == "/fsfreeze" and self.busy_freeze:
             return 503, b"not yet"

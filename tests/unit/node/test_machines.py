@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from emberbox.node import hosting
 from emberbox.node.errors import (
     AgentFailure,
     AlreadyHere,
@@ -232,6 +233,27 @@ async def test_programs_go_on_when_the_memory_cannot_be_saved(make_world: Any) -
             await save()
         assert agent.told[-1] == "/unfreeze"
         assert "/freeze" in agent.told
+
+
+async def test_programs_are_thawed_until_the_agent_has_done_it(
+    make_world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = await make_world(memory=True)
+    await world.create("s1")
+    monkeypatch.setattr(hosting, "_THAW_PAUSE", 0.01)
+    machine = world.runtime.of(world.node, "s1")
+    machine.agent.refuse_thaws = 2
+    machine.agent.told.clear()
+
+    await world.node.snapshots.take("s1", "snap", memory=True)
+    assert machine.agent.told == ["/freeze", "saved", "/unfreeze", "/unfreeze", "/unfreeze"]
+
+    hosted = world.node.machines.find("s1").hosted
+    machine.agent.refuse_thaws = 100
+    machine.agent.told.clear()
+    machine.ended.set()
+    await hosted.thaw_programs()
+    assert machine.agent.told.count("/unfreeze") <= 1, "nobody is there to thaw"
 
 
 async def test_an_agent_that_cannot_stop_programs_does_not_keep_a_sandbox_from_being_paused(make_world: Any) -> None:
@@ -633,23 +655,34 @@ async def test_a_templates_memory_is_made_again_when_the_parts_in_it_have_change
     assert [saved.memory for saved in world.runtime.restored] == [True]
 
 
-async def test_a_template_whose_memory_does_not_load_here_is_started_and_remembered_again(make_world: Any) -> None:
+async def test_a_template_whose_memory_does_not_load_here_is_started_and_remembered_again(
+    make_world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world = await make_world(memory=True)
     memories = world.node.directory / "memories"
     await world.create("s1")
     await until(lambda: list(memories.glob("*/meta.json")))
-    before = next(memories.glob("*/meta.json")).stat().st_ino
     restore = world.runtime.restore
 
     async def unfit(spec: Any, saved: Any) -> Any:
-        world.runtime.restore = restore
         raise SavedUnfit("saved on another processor")
+
+    def loads_made() -> int:
+        return sum(1 for machine in world.runtime.made if "saved" in machine.agent.told)
 
     world.runtime.restore = unfit
     await world.create("s2")
-    await until(lambda: any(path.stat().st_ino != before for path in memories.glob("*/meta.json")))
     await world.create("s3")
+    assert loads_made() == 1, "what this process made and cannot load is not made again at once"
+    assert list(memories.iterdir()) == []
 
+    world.node.preparing._rest_until.clear()
+    world.runtime.restore = restore
+    await world.create("s4")
+    await until(lambda: list(memories.glob("*/meta.json")))
+    await world.create("s5")
+
+    assert loads_made() == 2
     assert [saved.memory for saved in world.runtime.restored] == [True]
 
 
