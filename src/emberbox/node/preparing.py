@@ -58,6 +58,7 @@ class Preparing:
         self._remembers = hosting.runtime.capabilities.memory_snapshots
         self._making: dict[PoolKey, asyncio.Task[None]] = {}
         self._made: set[PoolKey] = set()
+        """What this process has saved: when it does not load, another will not either."""
         self._rest_until: dict[PoolKey, float] = {}
         self._forgotten: set[str] = set()
         """IDs of builds that were deleted: a create that began before may still ask for their memory."""
@@ -113,7 +114,7 @@ class Preparing:
                     return hosted
                 except (SavedDamaged, SavedUnfit) as error:
                     log.error("template_memory.not_restored", build_id=image.build_id, error=str(error))
-                    if key in self._made:  # by this process, and already no good: not again and again
+                    if key in self._made:
                         self._rest_until[key] = time.monotonic() + _FAILURE_PAUSE_SECONDS
                     await asyncio.to_thread(shutil.rmtree, self._directory / str(key), ignore_errors=True)
             self._make_soon(key, image, limits)

@@ -655,9 +655,7 @@ async def test_a_templates_memory_is_made_again_when_the_parts_in_it_have_change
     assert [saved.memory for saved in world.runtime.restored] == [True]
 
 
-async def test_a_template_whose_memory_does_not_load_here_is_started_and_remembered_again(
-    make_world: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_template_whose_memory_does_not_load_here_is_started_and_remembered_again(make_world: Any) -> None:
     world = await make_world(memory=True)
     memories = world.node.directory / "memories"
     await world.create("s1")
@@ -667,13 +665,13 @@ async def test_a_template_whose_memory_does_not_load_here_is_started_and_remembe
     async def unfit(spec: Any, saved: Any) -> Any:
         raise SavedUnfit("saved on another processor")
 
-    def loads_made() -> int:
+    def memories_made() -> int:
         return sum(1 for machine in world.runtime.made if "saved" in machine.agent.told)
 
     world.runtime.restore = unfit
     await world.create("s2")
     await world.create("s3")
-    assert loads_made() == 1, "what this process made and cannot load is not made again at once"
+    assert memories_made() == 1, "what this process made and cannot load is not made again at once"
     assert list(memories.iterdir()) == []
 
     world.node.preparing._rest_until.clear()
@@ -682,7 +680,7 @@ async def test_a_template_whose_memory_does_not_load_here_is_started_and_remembe
     await until(lambda: list(memories.glob("*/meta.json")))
     await world.create("s5")
 
-    assert loads_made() == 2
+    assert memories_made() == 2
     assert [saved.memory for saved in world.runtime.restored] == [True]
 
 

@@ -39,9 +39,8 @@ _KERNEL_WORDS = (
     "random.trust_cpu=on",
     "clocksource=kvm-clock",
 )
-
-
 _PACKAGE = "package"
+"""The folder of the unpacked kernel package."""
 
 
 @dataclass(frozen=True, slots=True)
