@@ -306,6 +306,22 @@ class Hosting:
         await hosted.agent.init(lambda: {**introduction.make_body(), **control}, within=within)
         return replace(hosted, secret=secret, agent=self.agent(hosted.machine, hosted.spec.machine_id, secret))
 
+    async def wake(self, hosted: Hosted, introduction: Introduction) -> Hosted:
+        """Let a machine that stands still go on and tell it what it is; returns it as `introduce` does.
+
+        It is connected to before it goes on: what then happens in it need not wait for the runtime's answer here.
+
+        Raises:
+            AgentFailure, RuntimeFailure
+        """
+        introduced = asyncio.ensure_future(self.introduce(hosted, introduction))
+        try:
+            await hosted.machine.resume()
+            return await introduced
+        finally:
+            introduced.cancel()
+            await asyncio.gather(introduced, return_exceptions=True)
+
     async def _introduce_first(self, hosted: Hosted, introduction: Introduction) -> Hosted:
         limit = _START_SECONDS * self.time_scale
         ended = asyncio.ensure_future(hosted.machine.wait())

@@ -220,11 +220,10 @@ class Machines:
         """Make a warm machine this sandbox's; None when there is none, or the ones there were had failed."""
         while (hosted := self.pool.take(record.image, record.limits)) is not None:
             try:
-                if self.preparing.waits_paused:
-                    await hosted.machine.resume()
                 if record.network != OPEN_NETWORK:
                     await self.hosting.slots.apply(hosted.spec.slot, record.network)
-                return await self.hosting.introduce(hosted, self._first_introduction(record))
+                meet = self.hosting.wake if self.preparing.waits_paused else self.hosting.introduce
+                return await meet(hosted, self._first_introduction(record))
             except (AgentFailure, RuntimeFailure) as error:
                 log.warning("pool.claim_failed", machine_id=hosted.spec.machine_id, error=str(error))
                 await self.hosting.end(hosted)

@@ -175,8 +175,7 @@ class Pausing:
         hosted = sandbox.hosted
         assert hosted is not None
         try:
-            await hosted.machine.resume()
-            await self._hosting.introduce(hosted, identity.again(running))
+            await self._hosting.wake(hosted, identity.again(running))
         except (RuntimeFailure, AgentFailure) as error:
             if await hosted.machine.alive():
                 await finish(self._freeze_again(hosted))

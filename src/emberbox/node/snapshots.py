@@ -100,7 +100,7 @@ class Snapshots:
         try:
             await to_thread_whole(directory.mkdir, mode=0o700, parents=True)
             if sandbox.hosted is not None:
-                facts = await self._save_machine(sandbox.hosted, record, directory, memory=memory)
+                facts = await self._save_machine(sandbox.hosted, record, directory, memory=memory, fork=fork)
             else:
                 facts = await self._copy_saved(record, directory, memory=memory)
             if not fork:  # which ends with this process
@@ -113,7 +113,7 @@ class Snapshots:
                 saved=facts,
                 size_bytes=await asyncio.to_thread(_allocated, directory),
             )
-            await to_thread_whole(write_file, directory / _META, _ADAPTER.dump_json(meta), flush=True)
+            await to_thread_whole(write_file, directory / _META, _ADAPTER.dump_json(meta), flush=not fork)
         except BaseException:
             await finish(remove_tree(directory))
             raise
@@ -121,12 +121,12 @@ class Snapshots:
         return meta
 
     async def _save_machine(
-        self, hosted: Hosted, record: SandboxRecord, directory: Path, *, memory: bool
+        self, hosted: Hosted, record: SandboxRecord, directory: Path, *, memory: bool, fork: bool
     ) -> SavedFacts:
         """Save a machine that is there. The runtime stops its clock for as short as it can."""
         remembers = self._machines.hosting.runtime.capabilities.memory_snapshots
         if memory and remembers:
-            return SavedFacts.of(await _save_memory(hosted, directory), hosted.secret)
+            return SavedFacts.of(await _save_memory(hosted, directory, lasting=not fork), hosted.secret)
         # A guest kernel holds what was written until it is told to let go; a container's is the host's own.
         flush = remembers and record.state is State.RUNNING
         frozen = flush and await _freeze_files(hosted)
@@ -260,8 +260,11 @@ class Snapshots:
             raise NodeError(f"snapshot '{snapshot_id}' is damaged and cannot be used; delete it") from error
 
 
-async def _save_memory(hosted: Hosted, directory: Path) -> Saved:
-    """Save a running machine. Its programs go on as soon as its clock does, while the rest of the work is done."""
+async def _save_memory(hosted: Hosted, directory: Path, *, lasting: bool) -> Saved:
+    """Save a running machine. Its programs go on as soon as its clock does, while the rest of the work is done.
+
+    The request for that is on its way before the clock goes on: it waits at the machine's network device.
+    """
     going_on: asyncio.Task[None] | None = None
 
     def go_on() -> None:
@@ -273,7 +276,7 @@ async def _save_memory(hosted: Hosted, directory: Path) -> Saved:
 
     try:
         await hosted.freeze_programs()
-        return await hosted.machine.save(directory, memory=True, resumed=go_on)
+        return await hosted.machine.save(directory, memory=True, lasting=lasting, resuming=go_on)
     finally:
         await finish(gone_on())
 

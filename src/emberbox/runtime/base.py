@@ -160,14 +160,21 @@ class Machine(Protocol):
     async def resume(self) -> None: ...
 
     async def save(
-        self, into: Path, *, memory: bool, final: bool = False, resumed: Callable[[], None] = lambda: None
+        self,
+        into: Path,
+        *,
+        memory: bool,
+        final: bool = False,
+        lasting: bool = True,
+        resuming: Callable[[], None] = lambda: None,
     ) -> Saved:
         """Write the machine's state into an existing empty directory. The machine stays as it is, paused or running.
 
         Args:
-            resumed: called when a running machine, which stood still for this, runs again.
             final: the machine is paused, and ends before its disk is written again or `into` is used; its disk may
                 be moved there by a link.
+            lasting: `into` must outlive a power cut.
+            resuming: called when a running machine, which stood still for this, is about to run again.
         """
         ...
 

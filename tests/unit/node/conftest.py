@@ -52,6 +52,10 @@ class FakeAgent:
         self.stall_init = asyncio.Event()
         self.stall_init.set()
         self.init_reached = asyncio.Event()
+        self.runs = asyncio.Event()
+        """Cleared while its machine stands still: who connects waits."""
+        self.runs.set()
+        self.waiting = 0
         self.entries: list[dict[str, Any]] = []
         self.longest_page = 1000
         self.repeats = False
@@ -68,6 +72,9 @@ class FakeAgent:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
+            self.waiting += 1
+            await self.runs.wait()
+            self.waiting -= 1
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             request, *lines = head.split("\r\n")
             method, target, _ = request.split(" ")
@@ -158,19 +165,32 @@ class FakeMachine:
     async def pause(self) -> None:
         await self._runtime.passes("pause")
         self.frozen = True
+        self.agent.runs.clear()
 
     async def resume(self) -> None:
+        await self._runtime.passes("resume")
+        if self._runtime.fail_resume:
+            raise RuntimeFailure(self._runtime.fail_resume)
         self.frozen = False
+        self.agent.runs.set()
 
     async def save(
-        self, into: Path, *, memory: bool, final: bool = False, resumed: Callable[[], None] = lambda: None
+        self,
+        into: Path,
+        *,
+        memory: bool,
+        final: bool = False,
+        lasting: bool = True,
+        resuming: Callable[[], None] = lambda: None,
     ) -> Saved:
         await self._runtime.passes("save")
         if self._runtime.fail_save:
             raise RuntimeFailure(self._runtime.fail_save)
         self.agent.told.append("saved")
         if not self.frozen:
-            resumed()
+            self.agent.runs.clear()
+            resuming()
+            await self.resume()
         (into / "upper").write_bytes(self.spec.upper.read_bytes())
         return Saved("fake", into, into / "upper", memory, {"from": self.spec.machine_id})
 
@@ -207,6 +227,7 @@ class FakeRuntime:
         self.swept: list[str] = []
         self.restored: list[Saved] = []
         self.starts = 0
+        self.fail_resume = ""
         self.stall_init = False
         self.refuse_init = False
         self.refuse_commands = False

@@ -203,8 +203,8 @@ async def test_programs_stand_still_in_every_memory_that_is_saved_and_go_on_in_w
     world = await make_world(memory=True)
     await world.create("s1")
     await until(lambda: list((world.node.directory / "memories").glob("*/meta.json")))
-    template = world.runtime.made[-1].agent
     agent = world.runtime.of(world.node, "s1").agent
+    (template,) = [machine.agent for machine in world.runtime.made if machine.agent is not agent]
     assert template.told[-2:] == ["/freeze", "saved"]
 
     agent.told.clear()
@@ -215,6 +215,53 @@ async def test_programs_stand_still_in_every_memory_that_is_saved_and_go_on_in_w
     await world.node.machines.pause("s1", memory=True)
     assert sorted(agent.told[:2]) == ["/freeze", "/logs"]
     assert agent.told[2:] == ["saved"]
+
+
+async def test_a_source_is_asked_to_let_its_programs_go_on_before_its_clock_does(make_world: Any) -> None:
+    world = await make_world(memory=True)
+    await world.create("s1")
+    await until(lambda: list((world.node.directory / "memories").glob("*/meta.json")))
+    agent = world.runtime.of(world.node, "s1").agent
+    reached = world.runtime.hold("resume")
+
+    taking = asyncio.create_task(world.node.snapshots.take("s1", "snap", memory=True))
+    await reached.wait()
+    await until(lambda: agent.waiting == 1)
+    assert agent.told[-2:] == ["/freeze", "saved"]
+
+    world.runtime.gates["resume"].set()
+    await taking
+    assert agent.told[-3:] == ["/freeze", "saved", "/unfreeze"]
+
+
+async def test_a_machine_of_the_pool_is_connected_to_before_its_clock_goes_on(make_world: Any) -> None:
+    world = await make_world(memory=True, warm_max=1)
+    await world.create("s1")
+    await until(lambda: world.node.pool.size == 1)
+    (waiting,) = [machine for machine in world.runtime.made if machine.frozen and not machine.destroyed]
+    reached = world.runtime.hold("resume")
+
+    creating = asyncio.create_task(world.create("s2"))
+    await reached.wait()
+    await until(lambda: waiting.agent.waiting == 1)
+    assert len(waiting.agent.inits) == 1, "it was told something before it went on"
+
+    world.runtime.gates["resume"].set()
+    await creating
+    assert world.runtime.of(world.node, "s2") is waiting
+    assert len(waiting.agent.inits) == 2
+
+
+async def test_a_machine_of_the_pool_that_does_not_go_on_is_replaced(make_world: Any) -> None:
+    world = await make_world(memory=True, warm_max=1)
+    await world.create("s1")
+    await until(lambda: world.node.pool.size == 1)
+    (waiting,) = [machine for machine in world.runtime.made if machine.frozen and not machine.destroyed]
+    world.runtime.fail_resume = "it does not go on"
+
+    await world.create("s2")
+    assert waiting.destroyed
+    assert world.runtime.of(world.node, "s2") is not waiting
 
 
 async def test_programs_go_on_when_the_memory_cannot_be_saved(make_world: Any) -> None:

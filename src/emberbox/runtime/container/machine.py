@@ -131,7 +131,13 @@ class Container:
             log.warning("container.rates_not_set", machine_id=self.spec.machine_id, reason=str(error))
 
     async def save(
-        self, into: Path, *, memory: bool, final: bool = False, resumed: Callable[[], None] = lambda: None
+        self,
+        into: Path,
+        *,
+        memory: bool,
+        final: bool = False,
+        lasting: bool = True,
+        resuming: Callable[[], None] = lambda: None,
     ) -> Saved:
         """Copy the upper. The machine stands still for as long as that takes."""
         if memory:
@@ -151,8 +157,8 @@ class Container:
                     await to_thread_whole(self._copy_upper, target)
                 finally:
                     if not frozen_before:
+                        resuming()
                         await self._thaw()
-                        resumed()
             except BaseException as error:
                 await to_thread_whole(target.unlink, missing_ok=True)
                 if isinstance(error, OSError):

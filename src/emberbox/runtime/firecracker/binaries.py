@@ -6,13 +6,13 @@ import hashlib
 import os
 import shutil
 import tarfile
-import tempfile
 import urllib.request
 import zlib
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
+from emberbox.linux.scratch import scratch
 from emberbox.runtime.firecracker.errors import FirecrackerError
 
 VERSION = "1.12.1"
@@ -75,25 +75,22 @@ def install(into: Path, source: Path | None = None) -> Binaries:
     present = find(into)
     if present is not None:
         return present
-    into.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=into, prefix="work-"))
     try:
-        if source is None:
-            _download(work)
-        else:
+        with scratch(into) as work:
+            if source is None:
+                _download(work)
+            else:
+                for name in DIGESTS:
+                    shutil.copyfile(source / name, work / name)
+            verify(Binaries(work / "firecracker", work / "jailer"))
             for name in DIGESTS:
-                shutil.copyfile(source / name, work / name)
-        verify(Binaries(work / "firecracker", work / "jailer"))
-        for name in DIGESTS:
-            (work / name).chmod(0o755)
-            (work / name).rename(into / name)
+                (work / name).chmod(0o755)
+                (work / name).rename(into / name)
     except (OSError, HTTPException, *_NO_ARCHIVE) as error:
         why = " ".join(str(error).split())[:300]
         raise FirecrackerError(
             f"Firecracker {VERSION} could not be installed: {why}; `emberbox setup --from FOLDER` has it too"
         ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return Binaries(into / "firecracker", into / "jailer")
 
 

@@ -18,13 +18,12 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from emberbox.linux import taps
+from emberbox.linux.scratch import scratch
 from emberbox.runtime.base import MachineSpec
 from emberbox.runtime.firecracker import initramfs, kernel
 from emberbox.runtime.firecracker.errors import GuestFilesError
@@ -144,30 +143,22 @@ def _kernel_tree(folder: Path) -> kernel.KernelTree:
 @contextlib.contextmanager
 def _fetched(folder: Path, *, update: bool) -> Iterator[kernel.KernelTree]:
     """A kernel package, unpacked in a folder that goes with the block unless it is taken out."""
-    folder.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder, prefix="work-"))
-    try:
+    with scratch(folder) as work:
         unpacked = work / "tree"
         unpacked.mkdir()
         yield kernel.unpack_packages(kernel.fetch_packages(work, update=update), unpacked)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write(path: Path, data: bytes) -> None:
     """Write a whole file or none, readable for every machine's user."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix="work-")
-    try:
-        with os.fdopen(handle, "wb") as out:
+    with scratch(path.parent) as work:
+        made = work / path.name
+        with made.open("wb") as out:
             out.write(data)
             out.flush()
             os.fsync(out.fileno())
-        os.chmod(name, 0o444)
-        os.rename(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+        made.chmod(0o444)
+        made.rename(path)
 
 
 def _digest(*parts: bytes) -> str:

@@ -130,15 +130,21 @@ class MicroVM:
             await self._resume()
 
     async def save(
-        self, into: Path, *, memory: bool, final: bool = False, resumed: Callable[[], None] = lambda: None
+        self,
+        into: Path,
+        *,
+        memory: bool,
+        final: bool = False,
+        lasting: bool = True,
+        resuming: Callable[[], None] = lambda: None,
     ) -> Saved:
         """Write disk and, when `memory`, processes. A running machine stands still only while its state is taken."""
         async with self._changing:
             if not processes.is_alive(self._identity):
                 raise MachineGone(f"the microVM {self.spec.machine_id} has ended and cannot be saved")
             if memory:
-                return await self._save_with_memory(into, final=final, resumed=resumed)
-            return await self._save_disk(into, resumed)
+                return await self._save_with_memory(into, final=final, lasting=lasting, resuming=resuming)
+            return await self._save_disk(into, resuming)
 
     async def stats(self) -> Stats:
         stats = await asyncio.to_thread(self._read_stats)
@@ -190,7 +196,7 @@ class MicroVM:
 
     # ---- saving ----
 
-    async def _save_disk(self, into: Path, resumed: Callable[[], None]) -> Saved:
+    async def _save_disk(self, into: Path, resuming: Callable[[], None]) -> Saved:
         was_running = not self._paused
         try:
             if was_running:
@@ -198,27 +204,29 @@ class MicroVM:
             await asyncio.to_thread(sparse.clone, self.spec.upper, into / snapshots.UPPER)
         finally:
             if was_running:
+                resuming()
                 await self._resume()
-                resumed()
         return Saved(runtime=NAME, directory=into, upper=into / snapshots.UPPER, memory=False)
 
-    async def _save_with_memory(self, into: Path, *, final: bool, resumed: Callable[[], None]) -> Saved:
-        began = time.perf_counter()
+    async def _save_with_memory(self, into: Path, *, final: bool, lasting: bool, resuming: Callable[[], None]) -> Saved:
         below = self._chain.pieces
         name = snapshots.next_name(below)
         was_running = not self._paused
+        began = time.perf_counter()
         try:
-            if was_running:
-                await self._pause()
             self._chain.mark_unsure()
             # Firecracker would merge a diff into a file that is there, left by a save that nobody waited for.
             await to_thread_whole(self._discard, name)
+            stopped = time.perf_counter()
+            if was_running:
+                await self._pause()
             await self._ask(
                 self._api.create_snapshot(
                     "Diff" if below else "Full", state=f"/{OUT}/{snapshots.STATE}", memory=f"/{OUT}/{name}"
                 )
             )
             written = time.perf_counter()
+            # After it: a write that Firecracker does between the two is one that the saved memory asks for again.
             await to_thread_whole(self._keep_disk, into / snapshots.UPPER, final=final)
         except OSError as error:
             await to_thread_whole(self._discard, name)
@@ -231,15 +239,15 @@ class MicroVM:
             raise
         finally:
             if was_running and processes.is_alive(self._identity):
+                resuming()
                 await self._resume(after_save=True)
-                resumed()
-        still = time.perf_counter() - began
-        await to_thread_whole(self._finish, into, below, name, final=final)
+        still = time.perf_counter() - stopped
+        await to_thread_whole(self._finish, into, below, name, final=final, lasting=lasting)
         log.info(
             "microvm.saved",
             machine_id=self.spec.machine_id,
             whole=not below,
-            memory_ms=round((written - began) * 1000, 1),
+            memory_ms=round((written - stopped) * 1000, 1),
             still_ms=round(still * 1000, 1),
             ms=round((time.perf_counter() - began) * 1000, 1),
         )
@@ -286,7 +294,7 @@ class MicroVM:
             with contextlib.suppress(OSError):
                 path.unlink()
 
-    def _finish(self, into: Path, below: tuple[snapshots.Piece, ...], name: str, *, final: bool) -> None:
+    def _finish(self, into: Path, below: tuple[snapshots.Piece, ...], name: str, *, final: bool, lasting: bool) -> None:
         """Take the files out of the jail, away from the machine's user, and write the manifest over them.
 
         The chain of a machine that ends is left as it is; should it go on nevertheless, its next save is a whole one.
@@ -300,7 +308,10 @@ class MicroVM:
         if below:
             link_whole(self._chain.folder, into)
         # First: while ext4 finds places for what is not on the disk yet, Linux before 6.9 may call it a hole.
-        snapshots.flush(into, name)
+        # And the machine's own chain, which has this piece too, outlives a power cut in any case.
+        sparse.flush(into / name)
+        if lasting:
+            snapshots.flush(into)
         # A hole in changes says that nothing changed there; in the memory below them it is zeros.
         kind = sparse.LAYOUT if below else sparse.CONTENTS
         pieces = (*below, snapshots.Piece(name, sparse.checksum(into / name, kind)))
@@ -313,7 +324,7 @@ class MicroVM:
             layers=len(self.spec.layers),
             pieces=pieces,
             state_checksum=sparse.checksum(into / snapshots.STATE),
-        ).write(into)
+        ).write(into, flush=lasting)
         self._trusted.add(into / pieces[-1].name, pieces[-1].checksum)
         if not final:
             self._chain.replace(pieces, into)

@@ -54,14 +54,14 @@ class Manifest:
     state_checksum: str
     format: int = FORMAT
 
-    def write(self, folder: Path) -> None:
-        """Put the manifest in place in one step. All that it names must be on the disk by now: see `flush`."""
-        replace_file(folder / _MANIFEST, json.dumps(asdict(self), indent=1).encode())
+    def write(self, folder: Path, *, flush: bool = True) -> None:
+        """Put the manifest in place in one step. When it is to be flushed, all that it names must be on the disk."""
+        replace_file(folder / _MANIFEST, json.dumps(asdict(self), indent=1).encode(), flush=flush)
 
 
-def flush(folder: Path, piece: str) -> None:
-    """Return when devices, disk and the newest piece of memory are on the disk, as all older ones are."""
-    for name in (STATE, UPPER, piece):
+def flush(folder: Path) -> None:
+    """Return when devices and disk are on the disk; pieces of memory are flushed as they are made."""
+    for name in (STATE, UPPER):
         sparse.flush(folder / name)
 
 
@@ -268,19 +268,22 @@ def _mark(path: Path) -> tuple[int, int, int] | None:
     return (facts.st_dev, facts.st_ino, facts.st_mtime_ns)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Put a file in place in one step, durably: the old one or the new one is there, whole."""
+def replace_file(path: Path, data: bytes, *, flush: bool = True) -> None:
+    """Put a file in place in one step: the old one or the new one is there, whole, after a power cut when flushed."""
     work = path.with_suffix(".new")
     try:
         with work.open("wb") as out:
             out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
+            if flush:
+                out.flush()
+                os.fsync(out.fileno())
         work.rename(path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             work.unlink()
         raise
+    if not flush:
+        return
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(folder)
