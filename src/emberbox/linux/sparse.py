@@ -155,17 +155,17 @@ def _whole_pages(descriptor: int) -> Iterator[tuple[int, int]]:
             yield start, ended - start
 
 
-def _filled(block: memoryview) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of the runs of pages in `block` that are not all zeros; its last page may be a part of one."""
-    whole = len(block) - len(block) % _PAGE
-    firsts = block[:whole].cast("Q")[:: _PAGE // 8].tolist()
-    if whole == len(block) and all(firsts):  # most pages do not begin with zeros
+def _filled(block: memoryview, unit: int = _PAGE) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of the runs of units in `block` that are not all zeros; its last one may be a part of one."""
+    whole = len(block) - len(block) % unit
+    firsts = block[:whole].cast("Q")[:: unit // 8].tolist()
+    if whole == len(block) and all(firsts):  # most do not begin with zeros
         yield 0, whole
         return
     began: int | None = None
-    for number, at in enumerate(range(0, len(block), _PAGE)):
-        page = block[at : at + _PAGE]
-        zeros = not (number < len(firsts) and firsts[number]) and bytes(page) == _ZEROS[: len(page)]
+    for number, at in enumerate(range(0, len(block), unit)):
+        part = block[at : at + unit]
+        zeros = not (number < len(firsts) and firsts[number]) and bytes(part) == _ZEROS[: len(part)]
         if zeros and began is not None:
             yield began, at
             began = None
@@ -204,18 +204,14 @@ def dig_holes(path: Path) -> None:
 
 def _zero_runs(descriptor: int, position: int, end: int) -> Iterator[tuple[int, int]]:
     """Yield (start, end) of neighbouring blocks of zeros, as long as they get: each costs a system call."""
-    began: int | None = None
+    began = position
     for block in _blocks(descriptor, position, end):
-        for at in range(0, len(block), _HOLE):
-            part = bytes(block[at : at + _HOLE])
-            zeros = part == _ZEROS or part == _ZEROS[: len(part)]
-            if zeros and began is None:
-                began = position + at
-            elif not zeros and began is not None:
-                yield began, position + at
-                began = None
+        for start, stop in _filled(block, _HOLE):
+            if began < position + start:
+                yield began, position + start
+            began = position + stop
         position += len(block)
-    if began is not None:
+    if began < position:
         yield began, position
 
 
