@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,32 +55,7 @@ def emberbox(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterat
     finally:
         last = shared.give_back()
         if last is not None:
-            end_and_count(last, all_killed=True)
-
-
-def end_and_count(emberbox: Emberbox, *, all_killed: bool) -> None:
-    """End an Emberbox that the tests started and fail if anything of it is left on the host.
-
-    `all_killed`: the tests had to kill every sandbox they made.
-    """
-    tag = leaks.instance_tag(emberbox)
-    api = Api(emberbox)
-    forgotten = [each["sandboxID"] for each in api.list_all()]
-    for sandbox_id in forgotten:
-        api.delete(f"/sandboxes/{sandbox_id}")
-    running = leaks.holdings(emberbox, tag)
-    # The check must be able to fail: an instance that runs does have processes.
-    assert running.processes, "the leak check does not see the running instance"
-
-    emberbox.down()
-
-    # The kernel takes namespaces and links apart, and reaps processes, in its own time.
-    deadline = time.monotonic() + seconds(30)
-    while not (left := leaks.holdings(emberbox, tag)).empty() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert left.empty(), f"left on the host after `emberbox down`:\n{left}"
-    instance.remove(emberbox)
-    assert not (all_killed and forgotten), f"sandboxes that no test killed: {forgotten}"
+            leaks.end_and_count(last, all_killed=True)
 
 
 @contextlib.contextmanager
@@ -235,7 +209,7 @@ def own_emberbox(request: pytest.FixtureRequest) -> Iterator[Emberbox]:
             yield own
     finally:
         # A test that failed half-way has not killed its sandboxes; one failure is told once.
-        end_and_count(own, all_killed=False)
+        leaks.end_and_count(own, all_killed=False)
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +264,7 @@ def building(registries: tuple[LocalRegistry, ...]) -> Iterator[Emberbox]:
         yield own
     finally:
         # A test that failed half-way has not killed its sandboxes; one failure is told once.
-        end_and_count(own, all_killed=False)
+        leaks.end_and_count(own, all_killed=False)
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.clients.conftest import end_and_count
 from tests.clients.support import instance
+from tests.clients.support.leaks import end_and_count
 from tests.clients.support.timing import seconds
 from tests.support.edge import make_certificate
 from tests.support.ports import free_ports

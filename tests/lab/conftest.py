@@ -1,69 +1,77 @@
-"""Fixtures of the lab's tests: a lab that runs already, its Emberbox, and commands in it.
+"""Fixtures of the tests of microVMs on their host: a lab that runs already, or this machine where its KVM runs guests.
 
-Start one with `make lab` first; without it every test here is skipped and says so. Nothing is started by the tests
-themselves, because a boot takes longer than a test may.
+Start a lab first with `make lab`; a boot takes longer than a test may. Without one these tests need
+EMBERBOX_RUNTIME=firecracker, which `suite.py` sets where it works, and start an Emberbox of their own.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from e2b import Sandbox
 
+from tests.clients.support import instance, leaks
+from tests.clients.support.host import host_of
+from tests.clients.support.instance import Emberbox
 from tests.lab.host import Lab
+from tests.lab.lab import LabError, client_variables
+from tests.lab.support import PATIENCE, KvmHost
 
-SCALE = 15.0
-NAMES = ("E2B_API_URL", "E2B_SANDBOX_URL", "E2B_API_KEY")
+_SMALL = {
+    "EMBERBOX_WARM_MAX": "2",
+    "EMBERBOX_DEFAULT_CPU_COUNT": "1",
+    "EMBERBOX_DEFAULT_MEMORY_MB": "256",
+    "EMBERBOX_DEFAULT_DISK_SIZE_MB": "1024",
+}
+"""As in the lab: see `environment.sh`."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    running = Lab().running() is not None
+    possible = Lab().running() is not None or os.environ.get("EMBERBOX_RUNTIME") == "firecracker"
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.lab)
             if not item.get_closest_marker("timeout"):
                 item.add_marker(pytest.mark.timeout(600))
-            if not running:
+            if not possible:
                 item.add_marker(pytest.mark.skip(reason="no lab is running; start it with 'make lab'"))
 
 
 @pytest.fixture(scope="session")
-def in_lab() -> Callable[[str], str]:
-    """Runs a command as root in the lab and returns what it printed; fails the test when the command fails."""
+def emberbox() -> Iterator[Emberbox]:
     lab = Lab()
+    if lab.running() is None:
+        own = instance.start(settings=_SMALL)
+        try:
+            yield own
+        finally:
+            leaks.end_and_count(own, all_killed=True)
+        return
+    try:
+        variables = client_variables(lab)
+    except LabError as error:
+        pytest.skip(str(error))
+    yield Emberbox(*(variables[name] for name in instance.ENV_NAMES))
 
-    def run(command: str) -> str:
-        done = lab.shell(command, capture=True, timeout=300)
-        output = done.stdout.decode("utf-8", "replace")
-        assert done.returncode == 0, f"{command}: {output}{done.stderr.decode('utf-8', 'replace')}"
-        return output
 
-    return run
+@pytest.fixture(scope="session")
+def host(emberbox: Emberbox) -> KvmHost:
+    found = host_of(emberbox)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return KvmHost(found)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def client_environment() -> Iterator[None]:
-    """Points the official client at the lab's Emberbox."""
-    lab_py = Path(__file__).parent / "lab.py"
-    command = [sys.executable, str(lab_py), "env"]
-    printed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    if printed.returncode != 0:
-        pytest.skip(f"no Emberbox runs in the lab: {printed.stderr.strip()}")
-    words = (line.removeprefix("export ").partition("=") for line in printed.stdout.splitlines())
-    values = {name: value.strip("'\"") for name, _, value in words if name in NAMES}
-    before = {name: os.environ.get(name) for name in NAMES}
-    os.environ.update(values)
-    yield
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+def client_environment(emberbox: Emberbox) -> Iterator[None]:
+    """Points the official clients at it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in emberbox.client_env.items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture
@@ -72,10 +80,10 @@ def new_sandbox() -> Iterator[Callable[[], Sandbox]]:
     made: list[Sandbox] = []
 
     def make() -> Sandbox:
-        sandbox = Sandbox.create(timeout=1800, request_timeout=30 * SCALE)
+        sandbox = Sandbox.create(timeout=1800, request_timeout=PATIENCE)
         made.append(sandbox)
         return sandbox
 
     yield make
     for sandbox in made:
-        sandbox.kill(request_timeout=30 * SCALE)
+        sandbox.kill(request_timeout=PATIENCE)

@@ -8,17 +8,21 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import httpx
+import pytest
 from e2b import Sandbox, SandboxException, SandboxState
 from e2b.exceptions import ServiceBusyException
 
+from tests.clients.support.host import Host
+from tests.clients.support.timing import SCALE
+
 NewSandbox = Callable[[], Sandbox]
-InLab = Callable[[str], str]
 PATIENCE = 450.0
-NODE = "/var/lib/emberbox/node"
 WATCHING = "/run/watching"
-"""Made in the lab by what waits there for something to happen."""
+"""Made on the host by what waits there for something to happen."""
+_COMMAND_SECONDS = 300.0
 
 
 _HOST_CLOCK = """
@@ -34,6 +38,31 @@ for _ in range(5):
 print(min(looks)[1])
 """
 """Prints by how many seconds the host's clock is ahead of the guest's."""
+
+
+@dataclass(frozen=True)
+class KvmHost:
+    """The host that the microVMs are on: the lab, or this machine where its KVM runs guests."""
+
+    place: Host
+
+    @property
+    def node(self) -> str:
+        """The node's folder there."""
+        return f"{self.place.data_dir}/node"
+
+    def run(self, command: str) -> str:
+        """Run a command there as root and return what it printed; fails the test when the command fails."""
+        return self.place.run(command, timeout=_COMMAND_SECONDS / SCALE)
+
+    def needs_lab(self, reason: str) -> None:
+        """Skip the test on a machine that is not only there for tests."""
+        if self.place.lab is None:
+            pytest.skip(f"it {reason}, which is done in a lab only")
+
+    def needs_control_groups_2(self) -> None:
+        if self.run("test -e /sys/fs/cgroup/cgroup.controllers && echo yes || true").strip() != "yes":
+            pytest.skip("it reads control groups of version 2, which this host has not")
 
 
 def counting(folder: str) -> str:
@@ -54,11 +83,11 @@ def clock_behind(sandbox: Sandbox) -> float:
     return float(run(sandbox, f"python3 -c {shlex.quote(_HOST_CLOCK)}", user="root"))
 
 
-def assert_clock_is_right(sandbox: Sandbox, in_lab: InLab) -> None:
+def assert_clock_is_right(sandbox: Sandbox, host: KvmHost) -> None:
     """Within 50 ms of the node's: coarsely seen from outside, exactly from inside."""
-    before = float(in_lab("date +%s.%N"))
+    before = float(host.run("date +%s.%N"))
     inside = float(run(sandbox, "date +%s.%N"))
-    after = float(in_lab("date +%s.%N"))
+    after = float(host.run("date +%s.%N"))
 
     assert before - 0.05 <= inside <= after + 0.05
     assert abs(clock_behind(sandbox)) < 0.05
@@ -75,22 +104,22 @@ def answers(sandbox: Sandbox) -> bool:
         return False
 
 
-def machine_of(in_lab: InLab, sandbox: Sandbox) -> tuple[str, int]:
+def machine_of(host: KvmHost, sandbox: Sandbox) -> tuple[str, int]:
     """The machine's ID and the pid of its Firecracker."""
-    record = json.loads(in_lab(f"cat {NODE}/records/{sandbox.sandbox_id}.json"))
+    record = json.loads(host.run(f"cat {host.node}/records/{sandbox.sandbox_id}.json"))
     return record["machine"]["machine_id"], record["machine"]["facts"]["pid"]
 
 
-def remains(in_lab: InLab, machine: str) -> list[str]:
+def remains(host: KvmHost, machine: str) -> list[str]:
     """What is left of a machine in processes, control groups, mounts and files."""
-    return in_lab(
+    return host.run(
         f"pgrep -f -- [-]-id.{machine} || true; find /sys/fs/cgroup -name {machine};"
-        f" grep {machine} /proc/self/mountinfo || true; find {NODE} -name '{machine}*'"
+        f" grep {machine} /proc/self/mountinfo || true; find {host.node} -name '{machine}*'"
     ).split()
 
 
-def resident_mib(in_lab: InLab, pid: int) -> float:
-    return int(in_lab(f"awk '/^VmRSS/ {{print $2}}' /proc/{pid}/status")) / 1024
+def resident_mib(host: KvmHost, pid: int) -> float:
+    return int(host.run(f"awk '/^VmRSS/ {{print $2}}' /proc/{pid}/status")) / 1024
 
 
 def until(what: str, check: Callable[[], bool], seconds: float = 300.0) -> None:
@@ -100,43 +129,42 @@ def until(what: str, check: Callable[[], bool], seconds: float = 300.0) -> None:
         time.sleep(1)
 
 
-def node_process(in_lab: InLab) -> int:
-    printed = in_lab("cd /opt/emberbox && .venv/bin/python -m emberbox status --json")
-    return next(int(each["pid"]) for each in json.loads(printed)["processes"] if each["name"] == "node")
+def node_process(host: KvmHost) -> int:
+    return host.place.pids()["node"]
 
 
-def node_connections(in_lab: InLab) -> int:
+def node_connections(host: KvmHost) -> int:
     """How often a control plane has connected to the node."""
-    return int(in_lab(f"grep -c node.connected {NODE}/../logs/api.log"))
+    return int(host.run(f"grep -c node.connected {host.node}/../logs/api.log"))
 
 
 @contextlib.contextmanager
-def node_killed_during(in_lab: InLab, after: float) -> Iterator[None]:
+def node_killed_during(host: KvmHost, after: float) -> Iterator[None]:
     """Kill the node `after` seconds into the block, and wait until the next one works."""
-    with node_killed(in_lab, f"touch {WATCHING}; sleep {after}"):
+    with node_killed(host, f"touch {WATCHING}; sleep {after}"):
         yield
 
 
 @contextlib.contextmanager
-def node_killed(in_lab: InLab, wait: str, look: str = "true") -> Iterator[list[str]]:
+def node_killed(host: KvmHost, wait: str, look: str = "true") -> Iterator[list[str]]:
     """Kill the node when the shell command `wait` has ended, and wait until the next one works.
 
     The block begins when `wait` has made the file `WATCHING`.
 
     Yields a list that has, after the block, what `look` printed right after the kill.
     """
-    before = node_connections(in_lab)
-    pid = node_process(in_lab)
+    before = node_connections(host)
+    pid = node_process(host)
     found: list[str] = []
-    in_lab(f"rm -f {WATCHING}")
+    host.run(f"rm -f {WATCHING}")
     with ThreadPoolExecutor(1) as pool:
         # Not longer than the test waits for it: it would kill the node of another one.
-        killing = pool.submit(in_lab, f"timeout 240 sh -c {shlex.quote(wait)} && kill -9 {pid} && {{ {look}; }}")
-        in_lab(f"until [ -e {WATCHING} ]; do sleep 0.05; done")
+        killing = pool.submit(host, f"timeout 240 sh -c {shlex.quote(wait)} && kill -9 {pid} && {{ {look}; }}")
+        host.run(f"until [ -e {WATCHING} ]; do sleep 0.05; done")
         with contextlib.suppress(SandboxException, ServiceBusyException, OSError, httpx.HTTPError):
             yield found
         found.append(killing.result().strip())
-    until("the node is back", lambda: node_connections(in_lab) > before)
+    until("the node is back", lambda: node_connections(host) > before)
 
 
 def appears(pattern: str) -> str:

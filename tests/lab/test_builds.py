@@ -16,7 +16,7 @@ from e2b import Sandbox, SandboxException, Template, wait_for_port
 from e2b.exceptions import BuildException
 from e2b_code_interpreter import Sandbox as Interpreter
 
-from tests.lab.support import NODE, InLab, grows, node_killed
+from tests.lab.support import KvmHost, grows, node_killed
 
 TREE = Path(__file__).resolve().parents[2]
 INTERPRETER = TREE / "templates" / "code-interpreter-v1"
@@ -177,18 +177,18 @@ def test_a_disk_is_as_slow_as_its_template_says_also_after_a_pause_and_in_a_fork
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_node_killed_while_the_memory_of_a_template_is_saved_leaves_no_half(
-    name: str, start: Callable[[], Sandbox], in_lab: InLab
+    name: str, start: Callable[[], Sandbox], host: KvmHost
 ) -> None:
     def build() -> None:
         template = Template().from_template("base").run_cmd("echo built > ~/built")
         Template.build(template, name, cpu_count=1, memory_mb=256)
 
-    with node_killed(in_lab, grows(f"{NODE}/memories")), contextlib.suppress(BuildException, SandboxException):
+    with node_killed(host, grows(f"{host.node}/memories")), contextlib.suppress(BuildException, SandboxException):
         build()
     build()
 
     assert run(start(), "cat ~/built") == "built"
-    assert in_lab(f"for each in {NODE}/memories/*; do [ -e $each/meta.json ] || echo $each; done") == ""
+    assert host.run(f"for each in {host.node}/memories/*; do [ -e $each/meta.json ] || echo $each; done") == ""
 
 
 @pytest.mark.slow

@@ -9,9 +9,8 @@ from e2b import Sandbox, SandboxException, SandboxState
 from e2b.exceptions import ServiceBusyException
 
 from tests.lab.support import (
-    NODE,
     PATIENCE,
-    InLab,
+    KvmHost,
     NewSandbox,
     answers,
     assert_clock_is_right,
@@ -46,31 +45,32 @@ def test_many_clones_of_one_memory_are_all_different(new_sandbox: NewSandbox) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_twenty_clones_of_one_memory_at_once_all_answer_and_share_it(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+def test_twenty_clones_of_one_memory_at_once_all_answer_and_share_it(new_sandbox: NewSandbox, host: KvmHost) -> None:
     with ThreadPoolExecutor(20) as pool:
         sandboxes = list(pool.map(lambda _: new_sandbox(), range(20)))
     # One after the other: QEMU's forwarding resets connections that come at once.
     said = [run(sandbox, "cat /proc/sys/kernel/random/uuid") for sandbox in sandboxes]
 
     assert len(set(said)) == 20
-    pids = [machine_of(in_lab, sandbox)[1] for sandbox in sandboxes]
-    files = in_lab(f"for p in {' '.join(map(str, pids))}; do stat -Lc %i /proc/$p/root/memory; done").split()
+    pids = [machine_of(host, sandbox)[1] for sandbox in sandboxes]
+    files = host.run(f"for p in {' '.join(map(str, pids))}; do stat -Lc %i /proc/$p/root/memory; done").split()
     assert len(files) == 20
     assert len(set(files)) == 1
     sums = "awk '/^Private/ {n += $2} END {print n}'"
-    private = in_lab(f"for p in {' '.join(map(str, pids))}; do {sums} /proc/$p/smaps_rollup; done")
+    private = host.run(f"for p in {' '.join(map(str, pids))}; do {sums} /proc/$p/smaps_rollup; done")
     total = int(run(sandboxes[0], "awk '/MemTotal/ {print $2}' /proc/meminfo"))
     assert all(int(kib) < total / 4 for kib in private.split())
 
 
-def test_memory_and_processor_limits_hold_around_firecracker(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+def test_memory_and_processor_limits_hold_around_firecracker(new_sandbox: NewSandbox, host: KvmHost) -> None:
+    host.needs_control_groups_2()
     sandbox = new_sandbox()
-    machine, pid = machine_of(in_lab, sandbox)
+    machine, pid = machine_of(host, sandbox)
 
-    group = in_lab(f"cut -d: -f3 /proc/{pid}/cgroup").strip()
+    group = host.run(f"cut -d: -f3 /proc/{pid}/cgroup").strip()
 
     assert group.endswith(f"/{machine}")
-    memory, quota = in_lab(f"cat /sys/fs/cgroup{group}/memory.max /sys/fs/cgroup{group}/cpu.max").splitlines()
+    memory, quota = host.run(f"cat /sys/fs/cgroup{group}/memory.max /sys/fs/cgroup{group}/cpu.max").splitlines()
     inside = int(run(sandbox, "awk '/MemTotal/ {print $2}' /proc/meminfo")) * 1024
     assert inside < int(memory) <= inside + 256 * 1024 * 1024
     assert quota == f"{int(run(sandbox, 'nproc')) * 100_000} 100000"
@@ -117,15 +117,15 @@ def test_twenty_resumes_lose_no_process_no_connection_and_no_file(new_sandbox: N
 
 
 @pytest.mark.slow
-def test_memory_that_the_guest_has_freed_goes_back_to_the_host(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+def test_memory_that_the_guest_has_freed_goes_back_to_the_host(new_sandbox: NewSandbox, host: KvmHost) -> None:
     sandbox = new_sandbox()
-    _, pid = machine_of(in_lab, sandbox)
+    _, pid = machine_of(host, sandbox)
     fill = "python3 -c 'print(len(b\"x\" * 120_000_000))'"
 
     assert run(sandbox, fill) == "120000000"
 
-    grown = resident_mib(in_lab, pid)
-    until("the host has it back", lambda: resident_mib(in_lab, pid) < grown - 70)
+    grown = resident_mib(host, pid)
+    until("the host has it back", lambda: resident_mib(host, pid) < grown - 70)
     assert run(sandbox, fill) == "120000000"
 
 
@@ -133,7 +133,7 @@ def test_memory_that_the_guest_has_freed_goes_back_to_the_host(new_sandbox: NewS
     ("last", "little"), [pytest.param(1_000_000, True, id="little"), pytest.param(8_000_000, False, id="much")]
 )
 def test_changes_are_written_over_the_templates_memory_or_merged_with_it(
-    new_sandbox: NewSandbox, in_lab: InLab, last: int, little: bool
+    new_sandbox: NewSandbox, host: KvmHost, last: int, little: bool
 ) -> None:
     """7 MB or 62 MB: a restore writes no more than 32 MiB itself."""
     sandbox = new_sandbox()
@@ -145,15 +145,17 @@ def test_changes_are_written_over_the_templates_memory_or_merged_with_it(
         sandbox = connect(sandbox)
 
         assert run(sandbox, look) == said
-        machine, pid = machine_of(in_lab, sandbox)
-        loaded = in_lab(f"stat -Lc %i /proc/{pid}/root/memory").strip()
-        templates = in_lab(f"stat -c %i {NODE}/memories/*/memory.0").split()
+        machine, pid = machine_of(host, sandbox)
+        loaded = host.run(f"stat -Lc %i /proc/{pid}/root/memory").strip()
+        templates = host.run(f"stat -c %i {host.node}/memories/*/memory.0").split()
         assert (loaded in templates) == little
-        assert (f"{NODE}/machines/{machine}/memory/whole" in in_lab(f"find {NODE}/machines/{machine}")) != little
+        folder = f"{host.node}/machines/{machine}"
+        assert (f"{folder}/memory/whole" in host.run(f"find {folder}")) != little
 
 
 @pytest.mark.slow
-def test_the_clock_is_right_after_an_hour_on_the_disk(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+def test_the_clock_is_right_after_an_hour_on_the_disk(new_sandbox: NewSandbox, host: KvmHost) -> None:
+    host.needs_lab("sets its host's clock")
     sandbox = new_sandbox()
     # Writes how long each of its naps of half a second really took, by the clock that nobody sets.
     program = (
@@ -166,13 +168,13 @@ def test_the_clock_is_right_after_an_hour_on_the_disk(new_sandbox: NewSandbox, i
     sandbox.commands.run("python3 ~/naps.py > ~/naps", background=True, timeout=0, request_timeout=PATIENCE)
     run(sandbox, "until [ -s ~/naps ]; do sleep 0.2; done")
     sandbox.pause(request_timeout=PATIENCE)
-    in_lab("date -s @$(($(date +%s) + 3600))")
+    host.run("date -s @$(($(date +%s) + 3600))")
     try:
         sandbox = connect(sandbox)
-        assert_clock_is_right(sandbox, in_lab)
+        assert_clock_is_right(sandbox, host)
         naps = [float(nap) for nap in run(sandbox, "sleep 2; cat ~/naps").split()]
     finally:
-        in_lab("date -s @$(($(date +%s) - 3600))")
+        host.run("date -s @$(($(date +%s) - 3600))")
 
     # Firecracker 1.12 lets the guest's own clock go on by the hour: what came due meanwhile comes once, not in a burst.
     assert sum(nap > 60 for nap in naps) <= 1, naps
@@ -180,28 +182,28 @@ def test_the_clock_is_right_after_an_hour_on_the_disk(new_sandbox: NewSandbox, i
 
 
 def test_a_firecracker_that_is_killed_ends_its_sandbox_and_leaves_nothing(
-    new_sandbox: NewSandbox, in_lab: InLab
+    new_sandbox: NewSandbox, host: KvmHost
 ) -> None:
     sandbox = new_sandbox()
-    machine, pid = machine_of(in_lab, sandbox)
+    machine, pid = machine_of(host, sandbox)
 
-    in_lab(f"kill -9 {pid}")
+    host.run(f"kill -9 {pid}")
 
     until("the sandbox ended", lambda: not answers(sandbox), 60)
-    until("nothing is left", lambda: remains(in_lab, machine) == [], 60)
+    until("nothing is left", lambda: remains(host, machine) == [], 60)
     with pytest.raises(SandboxException):
         connect(sandbox)
 
 
-def test_a_machine_outlives_its_node_and_is_found_again(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+def test_a_machine_outlives_its_node_and_is_found_again(new_sandbox: NewSandbox, host: KvmHost) -> None:
     sandbox = new_sandbox()
     sandbox.commands.run(counting("~"), background=True, timeout=0, request_timeout=PATIENCE)
-    found = machine_of(in_lab, sandbox)
+    found = machine_of(host, sandbox)
 
-    with node_killed_during(in_lab, 0):
+    with node_killed_during(host, 0):
         pass
 
-    assert machine_of(in_lab, sandbox) == found
+    assert machine_of(host, sandbox) == found
     before = int(run(sandbox, "cat ~/count"))
     sandbox.pause(request_timeout=PATIENCE)
     sandbox = connect(sandbox)
@@ -212,7 +214,7 @@ def test_a_machine_outlives_its_node_and_is_found_again(new_sandbox: NewSandbox,
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("after", [0.3, 0.8, 1.5])
 def test_a_node_killed_while_it_pauses_or_resumes_loses_no_sandbox(
-    new_sandbox: NewSandbox, in_lab: InLab, after: float
+    new_sandbox: NewSandbox, host: KvmHost, after: float
 ) -> None:
     sandbox = new_sandbox()
     sandbox.commands.run(counting("~"), background=True, timeout=0, request_timeout=PATIENCE)
@@ -221,7 +223,7 @@ def test_a_node_killed_while_it_pauses_or_resumes_loses_no_sandbox(
     for step in ("pause", "resume"):
         if step == "resume":
             sandbox.pause(request_timeout=PATIENCE)
-        with node_killed_during(in_lab, after):
+        with node_killed_during(host, after):
             sandbox.pause(request_timeout=PATIENCE) if step == "pause" else connect(sandbox)
 
         until("its state is known", lambda: state(sandbox) in (SandboxState.RUNNING, SandboxState.PAUSED))
@@ -233,40 +235,41 @@ def test_a_node_killed_while_it_pauses_or_resumes_loses_no_sandbox(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_node_killed_while_it_creates_leaves_nothing(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+def test_a_node_killed_while_it_creates_leaves_nothing(new_sandbox: NewSandbox, host: KvmHost) -> None:
     new_sandbox().kill(request_timeout=PATIENCE)  # the template's memory is there, so a create is a restore
 
-    with node_killed_during(in_lab, 0.5):
+    with node_killed_during(host, 0.5):
         Sandbox.create(timeout=60, request_timeout=PATIENCE).kill(request_timeout=PATIENCE)
 
     until(
         "each machine has an owner",
-        lambda: int(in_lab(f"ls {NODE}/machines | wc -l")) == int(in_lab("pgrep -c -x firecracker || true")),
+        lambda: int(host.run(f"ls {host.node}/machines | wc -l")) == int(host.run("pgrep -c -x firecracker || true")),
     )
     sandbox = new_sandbox()
     assert run(sandbox, "echo works") == "works"
 
 
-def test_a_full_disk_is_a_clear_error_and_costs_no_sandbox(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+def test_a_full_disk_is_a_clear_error_and_costs_no_sandbox(new_sandbox: NewSandbox, host: KvmHost) -> None:
+    host.needs_lab("fills its host's disk")
     sandbox = new_sandbox()
     run(sandbox, "echo kept > ~/kept")
-    in_lab(f"fallocate -l $(($(df --output=avail -B1 {NODE} | tail -1) - 300000000)) {NODE}/filler")
+    host.run(f"fallocate -l $(($(df --output=avail -B1 {host.node} | tail -1) - 300000000)) {host.node}/filler")
     try:
         with pytest.raises(ServiceBusyException, match="disk"):
             use_up_the_pool(new_sandbox)
         assert run(sandbox, "cat ~/kept") == "kept"
     finally:
-        in_lab(f"rm -f {NODE}/filler")
+        host.run(f"rm -f {host.node}/filler")
 
     assert run(new_sandbox(), "echo works") == "works"
 
 
-def test_saved_memory_that_is_damaged_is_refused(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+def test_saved_memory_that_is_damaged_is_refused(new_sandbox: NewSandbox, host: KvmHost) -> None:
     sandbox = new_sandbox()
     sandbox.pause(request_timeout=PATIENCE)
     # The last piece is this sandbox's own; the first is its template's, and everybody's.
-    in_lab(
-        f'python3 -c \'import glob, os; f = max(glob.glob("{NODE}/saved/{sandbox.sandbox_id}-*/memory.*"));'
+    host.run(
+        f'python3 -c \'import glob, os; f = max(glob.glob("{host.node}/saved/{sandbox.sandbox_id}-*/memory.*"));'
         ' d = os.open(f, os.O_RDWR); os.pwrite(d, b"damaged", os.lseek(d, 0, os.SEEK_DATA))\''
     )
 
@@ -276,21 +279,21 @@ def test_saved_memory_that_is_damaged_is_refused(new_sandbox: NewSandbox, in_lab
 
 
 def test_nothing_is_left_of_a_sandbox_that_was_paused_resumed_and_copied(
-    new_sandbox: NewSandbox, in_lab: InLab
+    new_sandbox: NewSandbox, host: KvmHost
 ) -> None:
     sandbox = new_sandbox()
-    machines = [machine_of(in_lab, sandbox)[0]]
+    machines = [machine_of(host, sandbox)[0]]
     sandbox.pause(request_timeout=PATIENCE)
     sandbox = connect(sandbox)
-    machines.append(machine_of(in_lab, sandbox)[0])
+    machines.append(machine_of(host, sandbox)[0])
     snapshot = sandbox.create_snapshot(request_timeout=PATIENCE)
     (fork,) = sandbox.fork(count=1, timeout=1800, request_timeout=PATIENCE)
-    machines.append(machine_of(in_lab, fork)[0])
+    machines.append(machine_of(host, fork)[0])
 
     for each in (fork, sandbox):
         each.kill(request_timeout=PATIENCE)
     Sandbox.delete_snapshot(snapshot.snapshot_id, request_timeout=PATIENCE)
 
     for machine in machines:
-        until(f"nothing is left of {machine}", lambda machine=machine: remains(in_lab, machine) == [], 60)
-    assert in_lab(f"ls {NODE}/snapshots; find {NODE}/saved -name '{sandbox.sandbox_id}*'").split() == []
+        until(f"nothing is left of {machine}", lambda machine=machine: remains(host, machine) == [], 60)
+    assert host.run(f"ls {host.node}/snapshots; find {host.node}/saved -name '{sandbox.sandbox_id}*'").split() == []

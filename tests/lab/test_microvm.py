@@ -9,7 +9,7 @@ from e2b import Sandbox
 
 from tests.lab.support import (
     PATIENCE,
-    InLab,
+    KvmHost,
     NewSandbox,
     assert_clock_is_right,
     clock_behind,
@@ -19,25 +19,26 @@ from tests.lab.support import (
 )
 
 
-def machines(in_lab: InLab) -> int:
-    return int(in_lab("pgrep -c -x firecracker || true").strip() or 0)
+def machines(host: KvmHost) -> int:
+    return int(host.run("pgrep -c -x firecracker || true").strip() or 0)
 
 
-def test_a_sandbox_has_a_kernel_of_its_own(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+def test_a_sandbox_has_a_kernel_of_its_own(new_sandbox: NewSandbox, host: KvmHost) -> None:
     sandbox = new_sandbox()
 
     boot_id = run(sandbox, "cat /proc/sys/kernel/random/boot_id")
 
-    assert boot_id != in_lab("cat /proc/sys/kernel/random/boot_id").strip()
+    assert boot_id != host.run("cat /proc/sys/kernel/random/boot_id").strip()
     assert "Firecracker" in run(sandbox, "cat /sys/class/dmi/id/sys_vendor /proc/cmdline 2>/dev/null; true") or (
         "emberd.mode=vm" in run(sandbox, "cat /proc/cmdline")
     )
 
 
-def test_every_machine_is_jailed_with_a_user_of_its_own(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+def test_every_machine_is_jailed_with_a_user_of_its_own(new_sandbox: NewSandbox, host: KvmHost) -> None:
+    host.needs_control_groups_2()
     new_sandbox(), new_sandbox()
 
-    processes = in_lab(
+    processes = host.run(
         # A spare has no guest yet, and Firecracker closes the last of its system calls when it gets one.
         "for p in $(pgrep -x firecracker); do grep -q fc_vcpu /proc/$p/task/*/comm || continue;"
         " grep -E '^(Uid|CapEff|Seccomp|NoNewPrivs):' /proc/$p/status | tr -s '\\t\\n' ' ';"
@@ -52,8 +53,8 @@ def test_every_machine_is_jailed_with_a_user_of_its_own(new_sandbox: NewSandbox,
         assert "CapEff: 0000000000000000" in line
         assert "Seccomp: 2" in line
         assert "NoNewPrivs: 1" in line
-    host = in_lab("readlink /proc/self/ns/net").strip()
-    assert all(host not in line for line in processes)
+    outside = host.run("readlink /proc/self/ns/net").strip()
+    assert all(outside not in line for line in processes)
     assert len({line.split("0::")[1] for line in processes}) == len(processes)
 
 
@@ -91,13 +92,13 @@ def test_programs_that_go_on_in_forks_make_random_numbers_of_their_own_from_the_
     assert len(twice) <= 1, twice
 
 
-def test_the_clock_of_a_restored_machine_is_right(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+def test_the_clock_of_a_restored_machine_is_right(new_sandbox: NewSandbox, host: KvmHost) -> None:
     sandbox = new_sandbox()
 
-    assert_clock_is_right(sandbox, in_lab)
+    assert_clock_is_right(sandbox, host)
 
     sandbox.pause(request_timeout=PATIENCE)
-    assert_clock_is_right(connect(sandbox), in_lab)
+    assert_clock_is_right(connect(sandbox), host)
 
 
 @pytest.mark.slow

@@ -10,10 +10,9 @@ from e2b import Sandbox, SandboxException, SandboxState
 from e2b.exceptions import ServiceBusyException
 
 from tests.lab.support import (
-    NODE,
     PATIENCE,
     WATCHING,
-    InLab,
+    KvmHost,
     NewSandbox,
     answers,
     appears,
@@ -74,7 +73,7 @@ def test_copies_with_memory_go_on_and_copies_of_files_begin_anew(
         Sandbox.delete_snapshot(snapshot.snapshot_id, request_timeout=PATIENCE)
 
 
-def test_a_connection_to_outside_fails_cleanly_after_a_resume(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+def test_a_connection_to_outside_fails_cleanly_after_a_resume(new_sandbox: NewSandbox, host: KvmHost) -> None:
     """Its way out is gone: whoever is asked through it says so, and nobody waits for ever."""
     serve = "import socket; s = socket.create_server(('192.88.98.2', 80)); c = [s.accept() for _ in range(9)]"
     sandbox = new_sandbox()
@@ -89,7 +88,7 @@ def test_a_connection_to_outside_fails_cleanly_after_a_resume(new_sandbox: NewSa
         "    said = type(error).__name__\n"
         "open('/home/user/said', 'w').write(said)\n"
     )
-    in_lab(
+    host.run(
         "ip netns add outside && ip link add out-a type veth peer name out-b netns outside"
         " && ip addr add 192.88.98.1/30 dev out-a && ip link set out-a up"
         " && ip -n outside addr add 192.88.98.2/30 dev out-b && ip -n outside link set out-b up"
@@ -109,20 +108,21 @@ def test_a_connection_to_outside_fails_cleanly_after_a_resume(new_sandbox: NewSa
         said = run(sandbox, "touch ~/ask; until [ -e ~/said ]; do sleep 0.2; done; sleep 0.2; cat ~/said")
         assert said in ("b''", "ConnectionResetError", "BrokenPipeError", "TimeoutError"), said
     finally:
-        in_lab("ip netns pids outside | xargs -r kill; ip netns del outside")
+        host.run("ip netns pids outside | xargs -r kill; ip netns del outside")
 
 
-def test_a_pause_that_fills_the_disk_is_refused_and_the_sandbox_runs_on(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+def test_a_pause_that_fills_the_disk_is_refused_and_the_sandbox_runs_on(new_sandbox: NewSandbox, host: KvmHost) -> None:
+    host.needs_lab("fills its host's disk")
     sandbox = new_sandbox()
     sandbox.commands.run(COUNTER, background=True, timeout=0, request_timeout=PATIENCE)
     run(sandbox, "head -c 100000000 /dev/zero > /dev/shm/much")
-    in_lab(f"fallocate -l $(($(df --output=avail -B1 {NODE} | tail -1) - 40000000)) {NODE}/filler")
+    host.run(f"fallocate -l $(($(df --output=avail -B1 {host.node} | tail -1) - 40000000)) {host.node}/filler")
     try:
         with pytest.raises(SandboxException):
             sandbox.pause(request_timeout=PATIENCE)
-        left = in_lab(f"find {NODE}/saved -name '{sandbox.sandbox_id}*'").split()
+        left = host.run(f"find {host.node}/saved -name '{sandbox.sandbox_id}*'").split()
     finally:
-        in_lab(f"rm -f {NODE}/filler")
+        host.run(f"rm -f {host.node}/filler")
 
     assert left == []
     assert state(sandbox) == SandboxState.RUNNING
@@ -131,9 +131,9 @@ def test_a_pause_that_fills_the_disk_is_refused_and_the_sandbox_runs_on(new_sand
     assert goes_on(connect(sandbox))
 
 
-def of_record(sandbox: Sandbox) -> str:
+def of_record(host: KvmHost, sandbox: Sandbox) -> str:
     """A shell command that prints what the node had written down of a sandbox's state."""
-    return f'grep -o \'"state":"[a-z]*"\' {NODE}/records/{sandbox.sandbox_id}.json'
+    return f'grep -o \'"state":"[a-z]*"\' {host.node}/records/{sandbox.sandbox_id}.json'
 
 
 def with_work(new_sandbox: NewSandbox) -> Sandbox:
@@ -149,10 +149,10 @@ def is_whole(sandbox: Sandbox) -> bool:
     return run(connect(sandbox), "md5sum < ~/numbers | cmp - ~/sum && echo whole") == "whole"
 
 
-def test_a_node_killed_in_the_middle_of_a_pause_loses_nothing(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+def test_a_node_killed_in_the_middle_of_a_pause_loses_nothing(new_sandbox: NewSandbox, host: KvmHost) -> None:
     sandbox = with_work(new_sandbox)
 
-    with node_killed(in_lab, appears(f"{NODE}/saved/{sandbox.sandbox_id}-*"), of_record(sandbox)) as found:
+    with node_killed(host, appears(f"{host.node}/saved/{sandbox.sandbox_id}-*"), of_record(host, sandbox)) as found:
         sandbox.pause(request_timeout=PATIENCE)
 
     assert found == ['"state":"running"'], "it was too late"
@@ -163,11 +163,11 @@ def test_a_node_killed_in_the_middle_of_a_pause_loses_nothing(new_sandbox: NewSa
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_node_killed_in_the_middle_of_a_resume_loses_nothing(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+def test_a_node_killed_in_the_middle_of_a_resume_loses_nothing(new_sandbox: NewSandbox, host: KvmHost) -> None:
     sandbox = with_work(new_sandbox)
     sandbox.pause(request_timeout=PATIENCE)
 
-    with node_killed(in_lab, grows(f"{NODE}/uppers"), of_record(sandbox)) as found:
+    with node_killed(host, grows(f"{host.node}/uppers"), of_record(host, sandbox)) as found:
         connect(sandbox)
 
     assert found == ['"state":"paused"'], "it was too late"
@@ -177,12 +177,12 @@ def test_a_node_killed_in_the_middle_of_a_resume_loses_nothing(new_sandbox: NewS
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_node_killed_in_the_middle_of_a_cold_resume_loses_nothing(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+def test_a_node_killed_in_the_middle_of_a_cold_resume_loses_nothing(new_sandbox: NewSandbox, host: KvmHost) -> None:
     sandbox = with_work(new_sandbox)
 
     for _ in range(2):
         sandbox.pause(mode="filesystem", request_timeout=PATIENCE)
-        with node_killed(in_lab, grows(f"{NODE}/uppers") + "; sleep 2", of_record(sandbox)) as found:
+        with node_killed(host, grows(f"{host.node}/uppers") + "; sleep 2", of_record(host, sandbox)) as found:
             connect(sandbox)
         assert found == ['"state":"paused"'], "it was too late"
 
@@ -191,19 +191,16 @@ def test_a_node_killed_in_the_middle_of_a_cold_resume_loses_nothing(new_sandbox:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_node_killed_in_the_middle_of_a_pause_of_files_loses_none(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+def test_a_node_killed_in_the_middle_of_a_pause_of_files_loses_none(new_sandbox: NewSandbox, host: KvmHost) -> None:
     sandbox = with_work(new_sandbox)
-    machine, _ = machine_of(in_lab, sandbox)
-    written = (
-        f'touch {WATCHING}; until grep -q \'"state":"paused"\' {NODE}/records/{sandbox.sandbox_id}.json; do :; done'
-    )
+    machine, _ = machine_of(host, sandbox)
+    record = f"{host.node}/records/{sandbox.sandbox_id}.json"
+    written = f'touch {WATCHING}; until grep -q \'"state":"paused"\' {record}; do :; done'
 
-    with node_killed(in_lab, written):
+    with node_killed(host, written):
         sandbox.pause(mode="filesystem", request_timeout=PATIENCE)
 
-    until(
-        "nothing is left of the machine", lambda: [x for x in remains(in_lab, machine) if "uppers" not in x] == [], 90
-    )
+    until("nothing is left of the machine", lambda: [x for x in remains(host, machine) if "uppers" not in x] == [], 90)
     assert is_whole(sandbox)
 
 
@@ -211,7 +208,7 @@ def test_a_node_killed_in_the_middle_of_a_pause_of_files_loses_none(new_sandbox:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("copy", ["snapshot", "fork"])
 def test_a_node_killed_in_the_middle_of_a_copy_leaves_the_source_running_and_no_half(
-    new_sandbox: NewSandbox, in_lab: InLab, copies: list[Sandbox], copy: str
+    new_sandbox: NewSandbox, host: KvmHost, copies: list[Sandbox], copy: str
 ) -> None:
     sandbox = with_work(new_sandbox)
 
@@ -222,27 +219,27 @@ def test_a_node_killed_in_the_middle_of_a_copy_leaves_the_source_running_and_no_
             snapshot = sandbox.create_snapshot(request_timeout=PATIENCE)
             Sandbox.delete_snapshot(snapshot.snapshot_id, request_timeout=PATIENCE)
 
-    others = set(in_lab(f"ls {NODE}/snapshots").split())
+    others = set(host.run(f"ls {host.node}/snapshots").split())
 
-    with node_killed(in_lab, grows(f"{NODE}/snapshots")):
+    with node_killed(host, grows(f"{host.node}/snapshots")):
         make()
 
     assert state(sandbox) == SandboxState.RUNNING
     assert goes_on(sandbox)
     assert is_whole(sandbox)
-    until("nothing is left", lambda: set(in_lab(f"ls {NODE}/snapshots").split()) == others, 90)
+    until("nothing is left", lambda: set(host.run(f"ls {host.node}/snapshots").split()) == others, 90)
     make()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_node_killed_while_it_merges_what_lies_behind_a_machine_loses_nothing(
-    new_sandbox: NewSandbox, in_lab: InLab
+    new_sandbox: NewSandbox, host: KvmHost
 ) -> None:
     sandbox = with_work(new_sandbox)
-    machine, _ = machine_of(in_lab, sandbox)
+    machine, _ = machine_of(host, sandbox)
 
-    with node_killed(in_lab, appears(f"{NODE}/machines/{machine}/*/merged/merging")):
+    with node_killed(host, appears(f"{host.node}/machines/{machine}/*/merged/merging")):
         for _ in range(4):  # each leaves another piece behind the machine
             snapshot = sandbox.create_snapshot(request_timeout=PATIENCE)
             Sandbox.delete_snapshot(snapshot.snapshot_id, request_timeout=PATIENCE)
@@ -255,15 +252,15 @@ def test_a_node_killed_while_it_merges_what_lies_behind_a_machine_loses_nothing(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_node_killed_in_the_middle_of_a_create_leaves_no_machine(new_sandbox: NewSandbox, in_lab: InLab) -> None:
+def test_a_node_killed_in_the_middle_of_a_create_leaves_no_machine(new_sandbox: NewSandbox, host: KvmHost) -> None:
     use_up_the_pool(new_sandbox)
 
-    with node_killed(in_lab, grows(f"{NODE}/uppers")):
+    with node_killed(host, grows(f"{host.node}/uppers")):
         Sandbox.create(timeout=60, request_timeout=PATIENCE).kill(request_timeout=PATIENCE)
 
     until(
         "each machine has an owner",
-        lambda: int(in_lab(f"ls {NODE}/machines | wc -l")) == int(in_lab("pgrep -c -x firecracker || true")),
+        lambda: int(host.run(f"ls {host.node}/machines | wc -l")) == int(host.run("pgrep -c -x firecracker || true")),
     )
     assert run(new_sandbox(), "echo works") == "works"
 
@@ -272,15 +269,15 @@ def test_a_node_killed_in_the_middle_of_a_create_leaves_no_machine(new_sandbox: 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("signal", ["KILL", "STOP"])
 def test_a_firecracker_that_fails_in_the_middle_of_a_save_is_told(
-    new_sandbox: NewSandbox, in_lab: InLab, signal: str
+    new_sandbox: NewSandbox, host: KvmHost, signal: str
 ) -> None:
     """One that has died takes its sandbox with it; one that only hung for a while does not."""
     sandbox = with_work(new_sandbox)
-    machine, pid = machine_of(in_lab, sandbox)
-    saving = appears(f"{NODE}/saved/{sandbox.sandbox_id}-*")
+    machine, pid = machine_of(host, sandbox)
+    saving = appears(f"{host.node}/saved/{sandbox.sandbox_id}-*")
     watch = f"{saving}; kill -{signal} {pid}; sleep 5; kill -CONT {pid}"
-    in_lab(f"rm -f {WATCHING}; setsid sh -c {shlex.quote(watch)} >/dev/null 2>&1 </dev/null &")
-    in_lab(f"until [ -e {WATCHING} ]; do sleep 0.05; done")
+    host.run(f"rm -f {WATCHING}; setsid sh -c {shlex.quote(watch)} >/dev/null 2>&1 </dev/null &")
+    host.run(f"until [ -e {WATCHING} ]; do sleep 0.05; done")
 
     if signal == "STOP":
         sandbox.pause(request_timeout=PATIENCE)
@@ -290,5 +287,5 @@ def test_a_firecracker_that_fails_in_the_middle_of_a_save_is_told(
     with pytest.raises((SandboxException, ServiceBusyException)):
         sandbox.pause(request_timeout=PATIENCE)
     until("the sandbox ended", lambda: not answers(sandbox), 60)
-    until("nothing is left", lambda: remains(in_lab, machine) == [], 60)
-    assert in_lab(f"find {NODE}/saved -name '{sandbox.sandbox_id}*'").split() == []
+    until("nothing is left", lambda: remains(host, machine) == [], 60)
+    assert host.run(f"find {host.node}/saved -name '{sandbox.sandbox_id}*'").split() == []

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from tests.clients.support import instance
 from tests.clients.support.instance import Emberbox
+from tests.clients.support.raw import Api
+from tests.clients.support.timing import seconds
 
 
 @dataclass(frozen=True)
@@ -129,3 +133,28 @@ def _loops(data_dir: str) -> tuple[str, ...]:
 def _machines(data_dir: Path) -> tuple[str, ...]:
     folder = data_dir / "node" / "machines"
     return tuple(sorted(each.name for each in folder.iterdir())) if folder.is_dir() else ()
+
+
+def end_and_count(emberbox: Emberbox, *, all_killed: bool) -> None:
+    """End an Emberbox that the tests started and fail if anything of it is left on the host.
+
+    `all_killed`: the tests had to kill every sandbox they made.
+    """
+    tag = instance_tag(emberbox)
+    api = Api(emberbox)
+    forgotten = [each["sandboxID"] for each in api.list_all()]
+    for sandbox_id in forgotten:
+        api.delete(f"/sandboxes/{sandbox_id}")
+    running = holdings(emberbox, tag)
+    # The check must be able to fail: an instance that runs does have processes.
+    assert running.processes, "the leak check does not see the running instance"
+
+    emberbox.down()
+
+    # The kernel takes namespaces and links apart, and reaps processes, in its own time.
+    deadline = time.monotonic() + seconds(30)
+    while not (left := holdings(emberbox, tag)).empty() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert left.empty(), f"left on the host after `emberbox down`:\n{left}"
+    instance.remove(emberbox)
+    assert not (all_killed and forgotten), f"sandboxes that no test killed: {forgotten}"
