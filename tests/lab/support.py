@@ -159,7 +159,7 @@ def node_killed(host: KvmHost, wait: str, look: str = "true") -> Iterator[list[s
     host.run(f"rm -f {WATCHING}")
     with ThreadPoolExecutor(1) as pool:
         # Not longer than the test waits for it: it would kill the node of another one.
-        killing = pool.submit(host, f"timeout 240 sh -c {shlex.quote(wait)} && kill -9 {pid} && {{ {look}; }}")
+        killing = pool.submit(host.run, f"timeout 240 sh -c {shlex.quote(wait)} && kill -9 {pid} && {{ {look}; }}")
         host.run(f"until [ -e {WATCHING} ]; do sleep 0.05; done")
         with contextlib.suppress(SandboxException, ServiceBusyException, OSError, httpx.HTTPError):
             yield found
