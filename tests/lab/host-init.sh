@@ -28,10 +28,7 @@ for word in $(cat /proc/cmdline); do
   esac
 done
 
-# Machines are in this group's groups. Each on one processor, away from everything else, for the reason in ADR 22.
 echo +cpuset >/sys/fs/cgroup/cgroup.subtree_control
-mkdir -p /sys/fs/cgroup/eblab
-[ "$(nproc --all)" = 1 ] || echo 1 >/sys/fs/cgroup/eblab/cpuset.cpus
 
 modprobe kvm-amd nested=0 vgif=0 vls=0 avic=0 || modprobe kvm-intel || echo "lab: no KVM module loads"
 # A virtual machine that does nothing and never ends: see ADR 22.

@@ -47,5 +47,9 @@ def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
 def _remove_left(parent: Path) -> None:
     for path in parent.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError), _locked(path, wait=False):
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if not path.is_dir():
+                path.unlink()
+                continue
+            with _locked(path, wait=False):
+                shutil.rmtree(path, ignore_errors=True)

@@ -31,7 +31,8 @@ from emberbox.node.tasks import finish
 AGENT_PORT = 49983
 CONTROL_HEADER = "X-Ember-Control"
 
-_ANSWER_SECONDS = 5.0
+ANSWER_SECONDS = 5.0
+"""What an agent that runs has for its answer, unless said otherwise."""
 _FLUSH_SECONDS = 60.0
 _FREEZE_SECONDS = 2.0
 _THAW_PAUSE = 0.5
@@ -102,14 +103,21 @@ class Agent:
         self._scale = time_scale
         self._port = port
 
-    async def init(self, make_body: Callable[[], dict[str, Any]], *, within: float | None = None) -> None:
+    async def init(
+        self,
+        make_body: Callable[[], dict[str, Any]],
+        *,
+        within: float | None = None,
+        seconds: float = ANSWER_SECONDS,
+    ) -> None:
         """Hand over what the machine is: environment, token, user, name, time.
 
         Args:
             make_body: called when the agent has been reached, for the time in it is then.
             within: seconds that a machine which has just been started has until it answers.
+            seconds: what any other has, before it is scaled.
         """
-        await self._control("POST", "/init", make_body=make_body, expect=(200, 204), within=within)
+        await self._control("POST", "/init", make_body=make_body, expect=(200, 204), within=within, seconds=seconds)
 
     async def freeze_files(self, *, seconds: float = _FLUSH_SECONDS) -> None:
         """Flush the guest's file systems to the disk and hold writes until the machine ends or `thaw_files`.
@@ -262,7 +270,7 @@ class Agent:
         *,
         make_body: Callable[[], dict[str, Any]] | None = None,
         expect: tuple[int, ...],
-        seconds: float = _ANSWER_SECONDS,
+        seconds: float = ANSWER_SECONDS,
         within: float | None = None,
     ) -> _Response:
         route = target.partition("?")[0]

@@ -17,8 +17,8 @@ from typing import Protocol
 
 import structlog
 
-from emberbox.node.agent import Agent
-from emberbox.node.errors import AgentFailure, NodeError, WrongState
+from emberbox.node.agent import ANSWER_SECONDS, Agent
+from emberbox.node.errors import AgentFailure, AgentTooSlow, NodeError, WrongState
 from emberbox.node.files import remove_file, remove_tree
 from emberbox.node.identity import Introduction
 from emberbox.node.model import OPEN_NETWORK, Image, Network
@@ -30,6 +30,8 @@ from emberbox.threads import to_thread_whole
 log = structlog.get_logger("emberbox.node")
 
 _START_SECONDS = 30.0
+_WAKE_SECONDS = 20.0
+"""For a resume and the answer after it."""
 _READ_MIB_PER_SECOND = 32
 """A disk at least as fast as this gives a restore its time: the first one after a reboot reads all that was saved."""
 _THAW_TRIES, _THAW_PAUSE = 5, 0.5
@@ -80,17 +82,21 @@ class Hosted:
         except AgentFailure as error:
             log.warning("machine.programs_not_frozen", machine_id=self.spec.machine_id, error=str(error))
 
-    async def thaw_programs(self) -> None:
-        """Undo `freeze_programs` in the machine that was saved and goes on, and try hard. Never fails: see the log."""
+    async def thaw_programs(self) -> bool:
+        """Undo `freeze_programs` in the machine that was saved and goes on, and try hard. Never fails: see the log.
+
+        Returns False when they may still stand still.
+        """
         for _ in range(_THAW_TRIES):
             try:
-                return await self.agent.thaw_programs()
+                await self.agent.thaw_programs()
+                return True
             except AgentFailure as error:
                 log.error("machine.programs_not_thawed", machine_id=self.spec.machine_id, error=str(error))
             if not await self.machine.alive():
-                return None
+                return True
             await asyncio.sleep(_THAW_PAUSE)
-        return None
+        return False
 
     async def freeze_files(self) -> None:
         """Flush the files to the disk and hold writes, until the machine ends or `thaw_files`.
@@ -289,35 +295,48 @@ class Hosting:
         """The client of a machine's agent."""
         return Agent(machine.address, secret, label=machine_id, time_scale=self.time_scale)
 
-    async def introduce(self, hosted: Hosted, introduction: Introduction, *, within: float | None = None) -> Hosted:
+    async def introduce(
+        self,
+        hosted: Hosted,
+        introduction: Introduction,
+        *,
+        within: float | None = None,
+        seconds: float = ANSWER_SECONDS,
+    ) -> Hosted:
         """Tell a machine what it is; returns it with its new secret when it got one.
 
         Args:
-            within: see `Agent.init`.
+            within, seconds: see `Agent.init`.
 
         Raises:
             AgentFailure
         """
         if not introduction.new_secret:
-            await hosted.agent.init(introduction.make_body, within=within)
+            await hosted.agent.init(introduction.make_body, within=within, seconds=seconds)
             return hosted
         secret = secrets.token_hex(32)
         control = {"controlHash": hashlib.sha256(secret.encode()).hexdigest()}
-        await hosted.agent.init(lambda: {**introduction.make_body(), **control}, within=within)
+        await hosted.agent.init(lambda: {**introduction.make_body(), **control}, within=within, seconds=seconds)
         return replace(hosted, secret=secret, agent=self.agent(hosted.machine, hosted.spec.machine_id, secret))
 
     async def wake(self, hosted: Hosted, introduction: Introduction) -> Hosted:
         """Let a machine that stands still go on and tell it what it is; returns it as `introduce` does.
 
-        It is connected to before it goes on: what then happens in it need not wait for the runtime's answer here.
+        A connection is asked for before it goes on: what then happens in it need not wait for the runtime's answer
+        here.
 
         Raises:
             AgentFailure, RuntimeFailure
         """
-        introduced = asyncio.ensure_future(self.introduce(hosted, introduction))
+        limit = ANSWER_SECONDS * self.time_scale
+        introduced = asyncio.ensure_future(self.introduce(hosted, introduction, seconds=_WAKE_SECONDS))
         try:
             await hosted.machine.resume()
-            return await introduced
+            try:
+                async with asyncio.timeout(limit):
+                    return await introduced
+            except TimeoutError:
+                raise AgentTooSlow(f"the agent did not answer /init within {limit:g} s of the resume") from None
         finally:
             introduced.cancel()
             await asyncio.gather(introduced, return_exceptions=True)

@@ -263,16 +263,17 @@ class Snapshots:
 async def _save_memory(hosted: Hosted, directory: Path, *, lasting: bool) -> Saved:
     """Save a running machine. Its programs go on as soon as its clock does, while the rest of the work is done.
 
-    The request for that is on its way before the clock goes on: it waits at the machine's network device.
+    A connection for that is asked for before the clock goes on, so that nothing need wait for the runtime's answer.
     """
-    going_on: asyncio.Task[None] | None = None
+    going_on: asyncio.Task[bool] | None = None
 
     def go_on() -> None:
         nonlocal going_on
         going_on = asyncio.create_task(hosted.thaw_programs(), name=f"thaw {hosted.spec.machine_id}")
 
     async def gone_on() -> None:
-        await (going_on or hosted.thaw_programs())
+        if going_on is None or not await going_on:  # it began before the clock did, which may have taken long
+            await hosted.thaw_programs()
 
     try:
         await hosted.freeze_programs()

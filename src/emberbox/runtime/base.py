@@ -173,8 +173,10 @@ class Machine(Protocol):
         Args:
             final: the machine is paused, and ends before its disk is written again or `into` is used; its disk may
                 be moved there by a link.
-            lasting: `into` must outlive a power cut.
-            resuming: called when a running machine, which stood still for this, is about to run again.
+            lasting: with `memory`, all that is written is on the disk when this returns. Files alone never are: the
+                caller flushes them.
+            resuming: called when a running machine, which stood still for this, is about to run again. Should it not,
+                this raises.
         """
         ...
 

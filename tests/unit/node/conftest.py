@@ -72,6 +72,7 @@ class FakeAgent:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
+            stood_still = not self.runs.is_set()
             self.waiting += 1
             await self.runs.wait()
             self.waiting -= 1
@@ -80,6 +81,8 @@ class FakeAgent:
             method, target, _ = request.split(" ")
             headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
             body = await reader.readexactly(int(headers.get("content-length", 0)))
+            if stood_still and reader.at_eof():  # who asked has left meanwhile, and such a machine never hears it
+                return
             status, answer = await self._answer(method, target, body)
             writer.write(
                 f"HTTP/1.1 {status} X\r\nContent-Length: {len(answer)}\r\nConnection: close\r\n\r\n".encode() + answer
@@ -141,6 +144,8 @@ class FakeMachine:
         self.destroyed = False
         self.refuse_destroy = False
         self.has_answered = False
+        self.lasting: list[bool] = []
+        """Of each save."""
         self._runtime = runtime
 
     def record(self) -> dict[str, Any]:
@@ -183,6 +188,7 @@ class FakeMachine:
         lasting: bool = True,
         resuming: Callable[[], None] = lambda: None,
     ) -> Saved:
+        self.lasting.append(lasting)
         await self._runtime.passes("save")
         if self._runtime.fail_save:
             raise RuntimeFailure(self._runtime.fail_save)

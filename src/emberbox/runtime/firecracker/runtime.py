@@ -200,10 +200,11 @@ class FirecrackerRuntime:
         """Nothing is kept of layers: they are in each machine's own jail."""
 
     async def close(self) -> None:
-        """End background work. Machines run on."""
+        """End background work. Machines run on; where there are none, nothing of this runtime is left."""
         for task in list(self._background):
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        await asyncio.to_thread(jail.remove_cgroup_parent, self.settings.binaries.cgroup_parent)
 
     # ---- spares ----
 

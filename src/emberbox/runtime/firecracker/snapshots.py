@@ -59,12 +59,6 @@ class Manifest:
         replace_file(folder / _MANIFEST, json.dumps(asdict(self), indent=1).encode(), flush=flush)
 
 
-def flush(folder: Path) -> None:
-    """Return when devices and disk are on the disk; pieces of memory are flushed as they are made."""
-    for name in (STATE, UPPER):
-        sparse.flush(folder / name)
-
-
 def read_manifest(folder: Path) -> Manifest:
     """Return the manifest in `folder`.
 
