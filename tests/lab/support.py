@@ -15,14 +15,16 @@ import pytest
 from e2b import Sandbox, SandboxException, SandboxState
 from e2b.exceptions import ServiceBusyException
 
+from tests.clients.support import leaks
 from tests.clients.support.host import Host
 from tests.clients.support.timing import SCALE
 
 NewSandbox = Callable[[], Sandbox]
 PATIENCE = 450.0
-WATCHING = "/run/watching"
-"""Made on the host by what waits there for something to happen."""
 _COMMAND_SECONDS = 300.0
+_LAB_SLOWER = 15.0
+_LAB_INSTANCE = "eblab"
+"""See `environment.sh`."""
 
 
 _HOST_CLOCK = """
@@ -50,6 +52,25 @@ class KvmHost:
     def node(self) -> str:
         """The node's folder there."""
         return f"{self.place.data_dir}/node"
+
+    @property
+    def watching(self) -> str:
+        """A file that is made there by what waits for something to happen."""
+        return f"{self.place.data_dir}/run/watching"
+
+    def moment(self, seconds: float) -> float:
+        """Seconds in the lab, as seconds there: where KVM works all is over so much sooner."""
+        return seconds if self.place.lab is not None else seconds / _LAB_SLOWER
+
+    def firecrackers(self) -> list[int]:
+        """The processes of this Emberbox's Firecrackers."""
+        instance = _LAB_INSTANCE if self.place.lab is not None else leaks.instance_tag(self.place.emberbox)
+        each = f"for p in $(pgrep -x firecracker); do grep -q '/{instance}/' /proc/$p/cgroup && echo $p; done"
+        return [int(pid) for pid in self.run(f"{each}; true").split()]
+
+    def machines(self) -> int:
+        """How many machines have a folder there, spares among them."""
+        return len(self.run(f"ls {self.node}/machines").split())
 
     def run(self, command: str) -> str:
         """Run a command there as root and return what it printed; fails the test when the command fails."""
@@ -141,7 +162,7 @@ def node_connections(host: KvmHost) -> int:
 @contextlib.contextmanager
 def node_killed_during(host: KvmHost, after: float) -> Iterator[None]:
     """Kill the node `after` seconds into the block, and wait until the next one works."""
-    with node_killed(host, f"touch {WATCHING}; sleep {after}"):
+    with node_killed(host, f"touch {host.watching}; sleep {after}"):
         yield
 
 
@@ -156,26 +177,26 @@ def node_killed(host: KvmHost, wait: str, look: str = "true") -> Iterator[list[s
     before = node_connections(host)
     pid = node_process(host)
     found: list[str] = []
-    host.run(f"rm -f {WATCHING}")
+    host.run(f"rm -f {host.watching}")
     with ThreadPoolExecutor(1) as pool:
         # Not longer than the test waits for it: it would kill the node of another one.
         killing = pool.submit(host.run, f"timeout 240 sh -c {shlex.quote(wait)} && kill -9 {pid} && {{ {look}; }}")
-        host.run(f"until [ -e {WATCHING} ]; do sleep 0.05; done")
+        host.run(f"until [ -e {host.watching} ]; do sleep 0.05; done")
         with contextlib.suppress(SandboxException, ServiceBusyException, OSError, httpx.HTTPError):
             yield found
         found.append(killing.result().strip())
     until("the node is back", lambda: node_connections(host) > before)
 
 
-def appears(pattern: str) -> str:
+def appears(host: KvmHost, pattern: str) -> str:
     """A shell command that ends when a file of this name is there. No process is started for a look."""
-    return f'touch {WATCHING}; while :; do set -- {pattern}; [ -e "$1" ] && break; done'
+    return f'touch {host.watching}; while :; do set -- {pattern}; [ -e "$1" ] && break; done'
 
 
-def grows(folder: str) -> str:
+def grows(host: KvmHost, folder: str) -> str:
     """A shell command that ends when there is one more file in the folder."""
     look = f'look() {{ set -- {folder}/*; [ -e "$1" ] || shift; found=$#; }}'
-    return f"{look}; look; n=$found; touch {WATCHING}; while :; do look; [ $found -gt $n ] && break; done"
+    return f"{look}; look; n=$found; touch {host.watching}; while :; do look; [ $found -gt $n ] && break; done"
 
 
 def use_up_the_pool(new_sandbox: NewSandbox) -> None:

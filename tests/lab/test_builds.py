@@ -183,7 +183,7 @@ def test_a_node_killed_while_the_memory_of_a_template_is_saved_leaves_no_half(
         template = Template().from_template("base").run_cmd("echo built > ~/built")
         Template.build(template, name, cpu_count=1, memory_mb=256)
 
-    with node_killed(host, grows(f"{host.node}/memories")), contextlib.suppress(BuildException, SandboxException):
+    with node_killed(host, grows(host, f"{host.node}/memories")), contextlib.suppress(BuildException, SandboxException):
         build()
     build()
 

@@ -223,7 +223,7 @@ def test_a_node_killed_while_it_pauses_or_resumes_loses_no_sandbox(
     for step in ("pause", "resume"):
         if step == "resume":
             sandbox.pause(request_timeout=PATIENCE)
-        with node_killed_during(host, after):
+        with node_killed_during(host, host.moment(after)):
             sandbox.pause(request_timeout=PATIENCE) if step == "pause" else connect(sandbox)
 
         until("its state is known", lambda: state(sandbox) in (SandboxState.RUNNING, SandboxState.PAUSED))
@@ -238,12 +238,12 @@ def test_a_node_killed_while_it_pauses_or_resumes_loses_no_sandbox(
 def test_a_node_killed_while_it_creates_leaves_nothing(new_sandbox: NewSandbox, host: KvmHost) -> None:
     new_sandbox().kill(request_timeout=PATIENCE)  # the template's memory is there, so a create is a restore
 
-    with node_killed_during(host, 0.5):
+    with node_killed_during(host, host.moment(0.5)):
         Sandbox.create(timeout=60, request_timeout=PATIENCE).kill(request_timeout=PATIENCE)
 
     until(
         "each machine has an owner",
-        lambda: int(host.run(f"ls {host.node}/machines | wc -l")) == int(host.run("pgrep -c -x firecracker || true")),
+        lambda: host.machines() == len(host.firecrackers()),
     )
     sandbox = new_sandbox()
     assert run(sandbox, "echo works") == "works"

@@ -19,10 +19,6 @@ from tests.lab.support import (
 )
 
 
-def machines(host: KvmHost) -> int:
-    return int(host.run("pgrep -c -x firecracker || true").strip() or 0)
-
-
 def test_a_sandbox_has_a_kernel_of_its_own(new_sandbox: NewSandbox, host: KvmHost) -> None:
     sandbox = new_sandbox()
 
@@ -40,7 +36,7 @@ def test_every_machine_is_jailed_with_a_user_of_its_own(new_sandbox: NewSandbox,
 
     processes = host.run(
         # A spare has no guest yet, and Firecracker closes the last of its system calls when it gets one.
-        "for p in $(pgrep -x firecracker); do grep -q fc_vcpu /proc/$p/task/*/comm || continue;"
+        f"for p in {' '.join(map(str, host.firecrackers()))}; do grep -q fc_vcpu /proc/$p/task/*/comm || continue;"
         " grep -E '^(Uid|CapEff|Seccomp|NoNewPrivs):' /proc/$p/status | tr -s '\\t\\n' ' ';"
         " readlink /proc/$p/ns/net /proc/$p/ns/mnt | tr '\\n' ' '; cat /proc/$p/cgroup; done"
     ).splitlines()

@@ -11,7 +11,6 @@ from e2b.exceptions import ServiceBusyException
 
 from tests.lab.support import (
     PATIENCE,
-    WATCHING,
     KvmHost,
     NewSandbox,
     answers,
@@ -75,6 +74,7 @@ def test_copies_with_memory_go_on_and_copies_of_files_begin_anew(
 
 def test_a_connection_to_outside_fails_cleanly_after_a_resume(new_sandbox: NewSandbox, host: KvmHost) -> None:
     """Its way out is gone: whoever is asked through it says so, and nobody waits for ever."""
+    host.needs_lab("adds a network to its host")
     serve = "import socket; s = socket.create_server(('192.88.98.2', 80)); c = [s.accept() for _ in range(9)]"
     sandbox = new_sandbox()
     program = (
@@ -152,7 +152,9 @@ def is_whole(sandbox: Sandbox) -> bool:
 def test_a_node_killed_in_the_middle_of_a_pause_loses_nothing(new_sandbox: NewSandbox, host: KvmHost) -> None:
     sandbox = with_work(new_sandbox)
 
-    with node_killed(host, appears(f"{host.node}/saved/{sandbox.sandbox_id}-*"), of_record(host, sandbox)) as found:
+    with node_killed(
+        host, appears(host, f"{host.node}/saved/{sandbox.sandbox_id}-*"), of_record(host, sandbox)
+    ) as found:
         sandbox.pause(request_timeout=PATIENCE)
 
     assert found == ['"state":"running"'], "it was too late"
@@ -167,7 +169,7 @@ def test_a_node_killed_in_the_middle_of_a_resume_loses_nothing(new_sandbox: NewS
     sandbox = with_work(new_sandbox)
     sandbox.pause(request_timeout=PATIENCE)
 
-    with node_killed(host, grows(f"{host.node}/uppers"), of_record(host, sandbox)) as found:
+    with node_killed(host, grows(host, f"{host.node}/uppers"), of_record(host, sandbox)) as found:
         connect(sandbox)
 
     assert found == ['"state":"paused"'], "it was too late"
@@ -182,7 +184,9 @@ def test_a_node_killed_in_the_middle_of_a_cold_resume_loses_nothing(new_sandbox:
 
     for _ in range(2):
         sandbox.pause(mode="filesystem", request_timeout=PATIENCE)
-        with node_killed(host, grows(f"{host.node}/uppers") + "; sleep 2", of_record(host, sandbox)) as found:
+        with node_killed(
+            host, grows(host, f"{host.node}/uppers") + f"; sleep {host.moment(2)}", of_record(host, sandbox)
+        ) as found:
             connect(sandbox)
         assert found == ['"state":"paused"'], "it was too late"
 
@@ -195,7 +199,7 @@ def test_a_node_killed_in_the_middle_of_a_pause_of_files_loses_none(new_sandbox:
     sandbox = with_work(new_sandbox)
     machine, _ = machine_of(host, sandbox)
     record = f"{host.node}/records/{sandbox.sandbox_id}.json"
-    written = f'touch {WATCHING}; until grep -q \'"state":"paused"\' {record}; do :; done'
+    written = f'touch {host.watching}; until grep -q \'"state":"paused"\' {record}; do :; done'
 
     with node_killed(host, written):
         sandbox.pause(mode="filesystem", request_timeout=PATIENCE)
@@ -221,7 +225,7 @@ def test_a_node_killed_in_the_middle_of_a_copy_leaves_the_source_running_and_no_
 
     others = set(host.run(f"ls {host.node}/snapshots").split())
 
-    with node_killed(host, grows(f"{host.node}/snapshots")):
+    with node_killed(host, grows(host, f"{host.node}/snapshots")):
         make()
 
     assert state(sandbox) == SandboxState.RUNNING
@@ -239,7 +243,7 @@ def test_a_node_killed_while_it_merges_what_lies_behind_a_machine_loses_nothing(
     sandbox = with_work(new_sandbox)
     machine, _ = machine_of(host, sandbox)
 
-    with node_killed(host, appears(f"{host.node}/machines/{machine}/*/merged/merging")):
+    with node_killed(host, appears(host, f"{host.node}/machines/{machine}/*/merged/merging")):
         for _ in range(4):  # each leaves another piece behind the machine
             snapshot = sandbox.create_snapshot(request_timeout=PATIENCE)
             Sandbox.delete_snapshot(snapshot.snapshot_id, request_timeout=PATIENCE)
@@ -255,12 +259,12 @@ def test_a_node_killed_while_it_merges_what_lies_behind_a_machine_loses_nothing(
 def test_a_node_killed_in_the_middle_of_a_create_leaves_no_machine(new_sandbox: NewSandbox, host: KvmHost) -> None:
     use_up_the_pool(new_sandbox)
 
-    with node_killed(host, grows(f"{host.node}/uppers")):
+    with node_killed(host, grows(host, f"{host.node}/uppers")):
         Sandbox.create(timeout=60, request_timeout=PATIENCE).kill(request_timeout=PATIENCE)
 
     until(
         "each machine has an owner",
-        lambda: int(host.run(f"ls {host.node}/machines | wc -l")) == int(host.run("pgrep -c -x firecracker || true")),
+        lambda: host.machines() == len(host.firecrackers()),
     )
     assert run(new_sandbox(), "echo works") == "works"
 
@@ -274,10 +278,10 @@ def test_a_firecracker_that_fails_in_the_middle_of_a_save_is_told(
     """One that has died takes its sandbox with it; one that only hung for a while does not."""
     sandbox = with_work(new_sandbox)
     machine, pid = machine_of(host, sandbox)
-    saving = appears(f"{host.node}/saved/{sandbox.sandbox_id}-*")
+    saving = appears(host, f"{host.node}/saved/{sandbox.sandbox_id}-*")
     watch = f"{saving}; kill -{signal} {pid}; sleep 5; kill -CONT {pid}"
-    host.run(f"rm -f {WATCHING}; setsid sh -c {shlex.quote(watch)} >/dev/null 2>&1 </dev/null &")
-    host.run(f"until [ -e {WATCHING} ]; do sleep 0.05; done")
+    host.run(f"rm -f {host.watching}; setsid sh -c {shlex.quote(watch)} >/dev/null 2>&1 </dev/null &")
+    host.run(f"until [ -e {host.watching} ]; do sleep 0.05; done")
 
     if signal == "STOP":
         sandbox.pause(request_timeout=PATIENCE)

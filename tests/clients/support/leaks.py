@@ -1,4 +1,4 @@
-"""What one Emberbox has on this host. After `emberbox down` it must be nothing."""
+"""What one Emberbox has on this host, and its end. After `emberbox down` it must be nothing."""
 
 from __future__ import annotations
 
@@ -59,6 +59,31 @@ def instance_tag(emberbox: Emberbox) -> str:
     from emberbox.settings import Settings
 
     return Settings(data_dir=Path(emberbox.data_dir or "")).instance
+
+
+def end_and_count(emberbox: Emberbox, *, all_killed: bool) -> None:
+    """End an Emberbox that the tests started and fail if anything of it is left on the host.
+
+    `all_killed`: the tests had to kill every sandbox they made.
+    """
+    tag = instance_tag(emberbox)
+    api = Api(emberbox)
+    forgotten = [each["sandboxID"] for each in api.list_all()]
+    for sandbox_id in forgotten:
+        api.delete(f"/sandboxes/{sandbox_id}")
+    running = holdings(emberbox, tag)
+    # The check must be able to fail: an instance that runs does have processes.
+    assert running.processes, "the leak check does not see the running instance"
+
+    emberbox.down()
+
+    # The kernel takes namespaces and links apart, and reaps processes, in its own time.
+    deadline = time.monotonic() + seconds(30)
+    while not (left := holdings(emberbox, tag)).empty() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert left.empty(), f"left on the host after `emberbox down`:\n{left}"
+    instance.remove(emberbox)
+    assert not (all_killed and forgotten), f"sandboxes that no test killed: {forgotten}"
 
 
 def _namespaces(tag: str) -> tuple[str, ...]:
@@ -133,28 +158,3 @@ def _loops(data_dir: str) -> tuple[str, ...]:
 def _machines(data_dir: Path) -> tuple[str, ...]:
     folder = data_dir / "node" / "machines"
     return tuple(sorted(each.name for each in folder.iterdir())) if folder.is_dir() else ()
-
-
-def end_and_count(emberbox: Emberbox, *, all_killed: bool) -> None:
-    """End an Emberbox that the tests started and fail if anything of it is left on the host.
-
-    `all_killed`: the tests had to kill every sandbox they made.
-    """
-    tag = instance_tag(emberbox)
-    api = Api(emberbox)
-    forgotten = [each["sandboxID"] for each in api.list_all()]
-    for sandbox_id in forgotten:
-        api.delete(f"/sandboxes/{sandbox_id}")
-    running = holdings(emberbox, tag)
-    # The check must be able to fail: an instance that runs does have processes.
-    assert running.processes, "the leak check does not see the running instance"
-
-    emberbox.down()
-
-    # The kernel takes namespaces and links apart, and reaps processes, in its own time.
-    deadline = time.monotonic() + seconds(30)
-    while not (left := holdings(emberbox, tag)).empty() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert left.empty(), f"left on the host after `emberbox down`:\n{left}"
-    instance.remove(emberbox)
-    assert not (all_killed and forgotten), f"sandboxes that no test killed: {forgotten}"
