@@ -73,7 +73,9 @@ def instance() -> Iterator[str]:
     """A tag for everything global that the test makes."""
     tag = f"ebt{uuid.uuid4().hex[:6]}"
     yield tag
+    left = jail.cgroup_parents(tag)
     jail.remove_cgroup_parent(tag)
+    assert not left, "the runtime left its control group"
 
 
 @pytest.fixture

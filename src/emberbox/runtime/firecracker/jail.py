@@ -217,7 +217,7 @@ class Jail:
 
     def cgroups(self) -> list[Path]:
         """Return this machine's control groups, one a hierarchy, that exist."""
-        candidates = [folder / self.machine_id for folder in _parents(self.cgroup_parent)]
+        candidates = [folder / self.machine_id for folder in cgroup_parents(self.cgroup_parent)]
         return [folder for folder in candidates if folder.is_dir()]
 
 
@@ -275,14 +275,20 @@ def _remove_cgroup(folder: Path) -> None:
             time.sleep(0.01)
 
 
+def cgroup_parents(name: str) -> list[Path]:
+    """Return the instance's own control groups that exist, one a hierarchy."""
+    candidates = [_CGROUPS / name] if cgroup_version() == 2 else [folder / name for folder in _CGROUPS.iterdir()]
+    return [folder for folder in candidates if folder.is_dir()]
+
+
 def machines_with_cgroups(parent: str) -> frozenset[str]:
     """Return the machine ids that have a control group under the instance's `parent`."""
-    return frozenset(folder.name for group in _parents(parent) for folder in group.iterdir() if folder.is_dir())
+    return frozenset(folder.name for group in cgroup_parents(parent) for folder in group.iterdir() if folder.is_dir())
 
 
 def end_cgroup(parent: str, machine_id: str) -> None:
     """Kill every process in a machine's control groups, and remove the groups."""
-    for group in _parents(parent):
+    for group in cgroup_parents(parent):
         folder = group / machine_id
         with contextlib.suppress(FileNotFoundError):
             for line in (folder / "cgroup.procs").read_text().split():
@@ -294,11 +300,6 @@ def end_cgroup(parent: str, machine_id: str) -> None:
 
 def remove_cgroup_parent(parent: str) -> None:
     """Remove the instance's own control group where no machine is left in it."""
-    for folder in _parents(parent):
+    for folder in cgroup_parents(parent):
         with contextlib.suppress(OSError):
             folder.rmdir()
-
-
-def _parents(name: str) -> list[Path]:
-    candidates = [_CGROUPS / name] if cgroup_version() == 2 else [folder / name for folder in _CGROUPS.iterdir()]
-    return [folder for folder in candidates if folder.is_dir()]
