@@ -71,8 +71,10 @@ def measure(arguments: argparse.Namespace) -> Result:
     first, following = first_output(arguments.count, arguments.rest)
     took, stood = live_forks(arguments.count)
     in_lab = "EMBERBOX_TEST_SCALE" in os.environ
-    pooled = ("from the pool", 450 if in_lab else 50)
-    how, target = ("pool empty", 800 if in_lab else None) if arguments.no_pool else pooled
+    if arguments.no_pool:
+        how, target = "pool empty", 800 if in_lab else None
+    else:
+        how, target = "from the pool", 450 if in_lab else 50
     figures = (
         (f"create to first output, {how}", first, target),
         ("next command", following, 76 if in_lab else None),
