@@ -1,7 +1,6 @@
 """Firecracker sandboxes as a user of the Python SDK sees them, against a running Emberbox that the environment names.
 
-In the lab the client runs on the machine around it, at full speed. The peers' figures are the reference recipes',
-measured once in the same lab.
+In the lab the client runs on the machine around it, at full speed.
 """
 
 from __future__ import annotations

@@ -16,5 +16,5 @@ cd /opt/emberbox
 # for the reason in ADR 22.
 if [ -e /sys/fs/cgroup/cgroup.controllers ]; then
   mkdir -p "/sys/fs/cgroup/$EMBERBOX_INSTANCE_NAME"
-  [ "$(nproc --all)" = 1 ] || echo 1 >"/sys/fs/cgroup/$EMBERBOX_INSTANCE_NAME/cpuset.cpus"
+  [ "$(nproc --all)" = 1 ] || echo 1 >"/sys/fs/cgroup/$EMBERBOX_INSTANCE_NAME/cpuset.cpus" || true
 fi

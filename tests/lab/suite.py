@@ -1,7 +1,7 @@
 """Boots the lab, runs tests in it and ends it: `python tests/lab/suite.py [--all] [PYTEST ARGUMENT ...]`.
 
 Where this machine's own KVM runs guests no lab is needed: the same tests start an Emberbox with microVMs here. Those
-that set their host's clock or fill its disk are skipped, and say so.
+that change their host (its clock, a full disk, a network more) are skipped, and say so.
 `make test` runs the fast part, within a limit of time; `make test-lab` runs everything. Where a lab cannot be had, or
 dies without Emberbox having a part in it, tests are skipped with the reason; see `limits.py`.
 """

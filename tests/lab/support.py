@@ -170,7 +170,7 @@ def node_killed_during(host: KvmHost, after: float) -> Iterator[None]:
 def node_killed(host: KvmHost, wait: str, look: str = "true") -> Iterator[list[str]]:
     """Kill the node when the shell command `wait` has ended, and wait until the next one works.
 
-    The block begins when `wait` has made the file `WATCHING`.
+    The block begins when `wait` has made the file `host.watching`.
 
     Yields a list that has, after the block, what `look` printed right after the kill.
     """

@@ -44,6 +44,7 @@ with scratch(pathlib.Path({str(tmp_path)!r})) as work:
     killed = subprocess.run([sys.executable, "-c", program], env=os.environ, check=False)
     assert killed.returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
+    (tmp_path / "work-file").write_text("half")
 
     with scratch(tmp_path) as work:
         assert not left.exists()

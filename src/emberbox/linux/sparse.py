@@ -39,6 +39,9 @@ class TooMuchToCopy(Exception):
 def clone(source: Path, target: Path, *, mode: int = 0o600, most: int | None = None) -> bool:
     """Make the new file `target` an independent copy of `source`, with the same holes; tells whether blocks are shared.
 
+    Where they are not, `source` is flushed first: while ext4 finds places for what is not on the disk yet, Linux before
+    6.9 may call it a hole. Nobody may write to it meanwhile.
+
     Args:
         most: bytes that may be copied; None: as many as there are.
 
@@ -53,6 +56,7 @@ def clone(source: Path, target: Path, *, mode: int = 0o600, most: int | None = N
             if not shared:
                 if most is not None and allocated(source) > most:
                     raise TooMuchToCopy
+                os.fdatasync(reader.fileno())
                 os.ftruncate(writer, os.fstat(reader.fileno()).st_size)
                 _copy_data(reader.fileno(), writer)
         except BaseException:

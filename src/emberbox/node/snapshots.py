@@ -124,6 +124,9 @@ class Snapshots:
         self, hosted: Hosted, record: SandboxRecord, directory: Path, *, memory: bool, fork: bool
     ) -> SavedFacts:
         """Save a machine that is there. The runtime stops its clock for as short as it can."""
+        if record.state is State.RUNNING:
+            # What is left then is flushed while it stands still, before its disk is copied.
+            await to_thread_whole(sparse.flush, hosted.spec.upper)
         remembers = self._machines.hosting.runtime.capabilities.memory_snapshots
         if memory and remembers:
             return SavedFacts.of(await _save_memory(hosted, directory, lasting=not fork), hosted.secret)
@@ -272,7 +275,8 @@ async def _save_memory(hosted: Hosted, directory: Path, *, lasting: bool) -> Sav
         going_on = asyncio.create_task(hosted.thaw_programs(), name=f"thaw {hosted.spec.machine_id}")
 
     async def gone_on() -> None:
-        if going_on is None or not await going_on:  # it began before the clock did, which may have taken long
+        early = going_on is None or going_on.done()  # it began before the clock did, which may have taken long
+        if going_on is None or (not await going_on and early):
             await hosted.thaw_programs()
 
     try:

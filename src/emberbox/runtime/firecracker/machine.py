@@ -227,7 +227,7 @@ class MicroVM:
             )
             written = time.perf_counter()
             # After it: a write that Firecracker does between the two is one that the saved memory asks for again.
-            copied = await to_thread_whole(self._keep_disk, into / snapshots.UPPER, final=final)
+            await to_thread_whole(self._keep_disk, into / snapshots.UPPER, final=final)
         except OSError as error:
             await to_thread_whole(self._discard, name)
             raise RuntimeFailure(f"the machine's disk could not be copied: {error.strerror}") from error
@@ -242,8 +242,7 @@ class MicroVM:
                 resuming()
                 await self._resume(after_save=True)
         still = time.perf_counter() - stopped
-        unflushed = [snapshots.STATE, snapshots.UPPER] if lasting else [snapshots.UPPER] if copied else []
-        await to_thread_whole(self._finish, into, below, name, final=final, unflushed=unflushed, lasting=lasting)
+        await to_thread_whole(self._finish, into, below, name, final=final, lasting=lasting)
         log.info(
             "microvm.saved",
             machine_id=self.spec.machine_id,
@@ -258,17 +257,14 @@ class MicroVM:
             self.shorten_soon()
         return saved
 
-    def _keep_disk(self, target: Path, *, final: bool) -> bool:
-        """Copy the disk; a machine that ends, and never writes to it again, just leaves it.
-
-        Returns whether its blocks were copied. Then it must be flushed before it is copied again: see `_finish`.
-        """
+    def _keep_disk(self, target: Path, *, final: bool) -> None:
+        """Copy the disk; a machine that ends, and never writes to it again, just leaves it."""
         if final:
             with contextlib.suppress(OSError):  # on another file system
                 os.link(self.spec.upper, target)
                 os.chown(target, 0, 0)  # Firecracker has it open; nobody of that user opens it again
-                return False
-        return not sparse.clone(self.spec.upper, target)
+                return
+        sparse.clone(self.spec.upper, target)
 
     def shorten_soon(self) -> None:
         """Merge what lies behind the machine in the background when it has become long."""
@@ -298,16 +294,7 @@ class MicroVM:
             with contextlib.suppress(OSError):
                 path.unlink()
 
-    def _finish(
-        self,
-        into: Path,
-        below: tuple[snapshots.Piece, ...],
-        name: str,
-        *,
-        final: bool,
-        unflushed: list[str],
-        lasting: bool,
-    ) -> None:
+    def _finish(self, into: Path, below: tuple[snapshots.Piece, ...], name: str, *, final: bool, lasting: bool) -> None:
         """Take the files out of the jail, away from the machine's user, and write the manifest over them.
 
         The chain of a machine that ends is left as it is; should it go on nevertheless, its next save is a whole one.
@@ -322,7 +309,7 @@ class MicroVM:
             link_whole(self._chain.folder, into)
         # First: while ext4 finds places for what is not on the disk yet, Linux before 6.9 may call it a hole.
         # The memory in any case: a later save that must last has this piece, too, and does not flush it again.
-        for made in (name, *unflushed):
+        for made in (name, snapshots.STATE, snapshots.UPPER) if lasting else (name,):
             sparse.flush(into / made)
         # A hole in changes says that nothing changed there; in the memory below them it is zeros.
         kind = sparse.LAYOUT if below else sparse.CONTENTS
