@@ -102,6 +102,21 @@ def test_digging_holes_changes_no_byte_and_drops_blocks_of_zeros(tmp_path: Path,
     assert kept == HOLE_PAGES * PAGE * sum(1 for value in content.values() if value)
 
 
+def test_a_file_is_flushed_before_its_holes_are_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While ext4 finds places for what is not on the disk yet, Linux before 6.9 may call it a hole."""
+    write(tmp_path / "a", {1: 1})
+    done: list[str] = []
+    flush, look = os.fdatasync, sparse._ranges
+    monkeypatch.setattr(sparse, "_reflink", lambda *_: False)
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: (done.append("flush"), flush(descriptor))[1])
+    monkeypatch.setattr(sparse, "_ranges", lambda descriptor: (done.append("look"), look(descriptor))[1])
+
+    sparse.clone(tmp_path / "a", tmp_path / "b")
+
+    assert done == ["flush", "look"]
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+
+
 def test_a_few_zeros_beside_data_are_no_hole(tmp_path: Path) -> None:
     before = write(tmp_path / "a", {3: 1, 4: 0})
 

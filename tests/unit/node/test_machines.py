@@ -10,6 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from emberbox.node import hosting
+from emberbox.node.agent import Agent
 from emberbox.node.errors import (
     AgentFailure,
     AlreadyHere,
@@ -280,6 +281,47 @@ async def test_a_machine_of_the_pool_is_connected_to_before_its_clock_goes_on(ma
     await creating
     assert world.runtime.of(world.node, "s2") is waiting
     assert len(waiting.agent.inits) == 2
+
+
+async def test_an_agent_has_its_time_from_when_its_machine_goes_on(
+    make_world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = await make_world(memory=True, warm_max=1)
+    await world.create("s1")
+    await until(lambda: world.node.pool.size == 1)
+    (waiting,) = [machine for machine in world.runtime.made if machine.frozen and not machine.destroyed]
+    reached = world.runtime.hold("resume")
+    init = Agent.init
+
+    async def note(agent: Agent, *arguments: Any, seconds: float, **others: Any) -> None:
+        await init(agent, *arguments, seconds=seconds / 10, **others)
+
+    monkeypatch.setattr(Agent, "init", note)
+    creating = asyncio.create_task(world.create("s2"))
+    await reached.wait()
+
+    await asyncio.sleep(0.8)  # what an agent has whose machine runs is half a second now
+    world.runtime.gates["resume"].set()
+    await creating
+    assert world.runtime.of(world.node, "s2") is waiting
+
+
+async def test_a_machine_of_the_pool_whose_agent_says_nothing_after_the_resume_is_replaced(
+    make_world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = await make_world(memory=True, warm_max=1)
+    await world.create("s1")
+    await until(lambda: world.node.pool.size == 1)
+    (waiting,) = [machine for machine in world.runtime.made if machine.frozen and not machine.destroyed]
+    monkeypatch.setattr(hosting, "ANSWER_SECONDS", 0.2)
+    waiting.agent.stall_init.clear()
+
+    with capture_logs() as logs:
+        await world.create("s2")
+
+    assert waiting.destroyed
+    (failed,) = [entry for entry in logs if entry["event"] == "pool.claim_failed"]
+    assert "within 0.2 s of the resume" in failed["error"]
 
 
 async def test_a_machine_of_the_pool_that_does_not_go_on_is_replaced(make_world: Any) -> None:
