@@ -18,11 +18,11 @@ from e2b.exceptions import ServiceBusyException
 from tests.clients.support import leaks
 from tests.clients.support.host import Host
 from tests.clients.support.timing import SCALE
+from tests.lab.lab import TEST_SCALE
 
 NewSandbox = Callable[[], Sandbox]
 PATIENCE = 450.0
 _COMMAND_SECONDS = 300.0
-_LAB_SLOWER = 15.0
 _LAB_INSTANCE = "eblab"
 """See `environment.sh`."""
 
@@ -60,7 +60,7 @@ class KvmHost:
 
     def moment(self, seconds: float) -> float:
         """Seconds in the lab, as seconds there: where KVM works all is over so much sooner."""
-        return seconds if self.place.lab is not None else seconds / _LAB_SLOWER
+        return seconds if self.place.lab is not None else seconds / float(TEST_SCALE)
 
     def firecrackers(self) -> list[int]:
         """The processes of this Emberbox's Firecrackers."""

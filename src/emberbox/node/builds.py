@@ -21,6 +21,7 @@ from emberbox.images.errors import ImageError, RecipeError
 from emberbox.images.layers import LayerStore
 from emberbox.images.oci import Images
 from emberbox.linux import mounts
+from emberbox.linux.writing import write_file
 from emberbox.node.building.builder import Builder
 from emberbox.node.building.cache import StepCache
 from emberbox.node.building.journal import Journal
@@ -30,7 +31,6 @@ from emberbox.node.errors import AlreadyHere, BadValue, NodeError, NoSuchBuild
 from emberbox.node.hosting import Hosting
 from emberbox.node.model import Image
 from emberbox.node.preparing import Preparing
-from emberbox.node.records import write_file
 from emberbox.node.tasks import Tasks, finish
 from emberbox.runtime.base import MIB, Limits
 from emberbox.runtime.errors import RuntimeFailure

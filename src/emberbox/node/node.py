@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from emberbox.linux import processes
+from emberbox.linux.writing import write_file
 from emberbox.node.adoption import Adopted, adopt_all, sweep_files
 from emberbox.node.builds import Builds
 from emberbox.node.disks import Disks
@@ -24,7 +25,7 @@ from emberbox.node.machines import Machines
 from emberbox.node.metrics import Metrics
 from emberbox.node.pool import Pool
 from emberbox.node.preparing import Preparing
-from emberbox.node.records import Records, write_file
+from emberbox.node.records import Records
 from emberbox.node.slots import Slots
 from emberbox.node.snapshots import Snapshots
 from emberbox.node.spares import Spares

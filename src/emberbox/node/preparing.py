@@ -18,13 +18,14 @@ from pathlib import Path
 import structlog
 from pydantic import TypeAdapter, ValidationError
 
+from emberbox.linux.writing import write_file
 from emberbox.node import identity
 from emberbox.node.errors import NodeError
 from emberbox.node.hosting import Hosted, Hosting, Origin
 from emberbox.node.identity import Introduction
 from emberbox.node.model import OPEN_NETWORK, Image, Network
 from emberbox.node.pool import PoolKey
-from emberbox.node.records import SavedFacts, write_file
+from emberbox.node.records import SavedFacts
 from emberbox.node.tasks import Tasks, finish
 from emberbox.runtime.base import Limits, Saved
 from emberbox.runtime.errors import RuntimeFailure, SavedDamaged, SavedUnfit

@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 import structlog
 from pydantic import TypeAdapter, ValidationError
 
+from emberbox.linux.writing import write_file
 from emberbox.node.model import EndReason, Image, Network, State, TimeoutAction
 from emberbox.runtime.base import Limits, Saved
 from emberbox.threads import to_thread_whole
@@ -138,24 +139,3 @@ class Records:
             except (ValidationError, OSError) as error:
                 log.error("record.damaged", path=str(path), error=str(error))
                 path.replace(path.with_suffix(".damaged"))
-
-
-def write_file(path: Path, data: bytes, *, flush: bool) -> None:
-    """Replace the file at `path` atomically, readable by root alone; blocks."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        if flush:
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.replace(temporary, path)
-    if flush:
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

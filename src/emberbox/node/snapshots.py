@@ -21,12 +21,13 @@ import structlog
 from pydantic import TypeAdapter, ValidationError
 
 from emberbox.linux import sparse
+from emberbox.linux.writing import write_file
 from emberbox.node.errors import AgentFailure, AlreadyHere, BadValue, NodeError, NoSuchSandbox, NoSuchSnapshot
 from emberbox.node.files import remove_file, remove_tree
 from emberbox.node.hosting import Hosted
 from emberbox.node.machines import Machines, Seed
 from emberbox.node.model import Image, NewSandbox, State, Status
-from emberbox.node.records import SandboxRecord, SavedFacts, write_file
+from emberbox.node.records import SandboxRecord, SavedFacts
 from emberbox.node.sandbox import Sandbox
 from emberbox.node.tasks import finish
 from emberbox.runtime.base import Limits, Saved

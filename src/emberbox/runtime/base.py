@@ -175,8 +175,8 @@ class Machine(Protocol):
                 be moved there by a link.
             lasting: with `memory`, all that is written is on the disk when this returns. Files alone never are: the
                 caller flushes them.
-            resuming: called when a running machine, which stood still for this, is about to run again. Should it not,
-                this raises.
+            resuming: with `memory`, called when a running machine, which stood still for this, is about to run again.
+                Should it not, this raises.
         """
         ...
 

@@ -266,11 +266,17 @@ async def test_what_must_outlive_a_power_cut_is_said_to_the_runtime(make_world: 
     assert machine.lasting == [True, False, True]
 
 
-async def test_a_machine_of_the_pool_is_connected_to_before_its_clock_goes_on(make_world: Any) -> None:
+async def with_one_waiting(make_world: Any) -> tuple[Any, Any]:
+    """A node with a sandbox, and the machine that waits in its pool."""
     world = await make_world(memory=True, warm_max=1)
     await world.create("s1")
     await until(lambda: world.node.pool.size == 1)
     (waiting,) = [machine for machine in world.runtime.made if machine.frozen and not machine.destroyed]
+    return world, waiting
+
+
+async def test_a_machine_of_the_pool_is_connected_to_before_its_clock_goes_on(make_world: Any) -> None:
+    world, waiting = await with_one_waiting(make_world)
     reached = world.runtime.hold("resume")
 
     creating = asyncio.create_task(world.create("s2"))
@@ -286,10 +292,7 @@ async def test_a_machine_of_the_pool_is_connected_to_before_its_clock_goes_on(ma
 async def test_an_agent_has_its_time_from_when_its_machine_goes_on(
     make_world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = await make_world(memory=True, warm_max=1)
-    await world.create("s1")
-    await until(lambda: world.node.pool.size == 1)
-    (waiting,) = [machine for machine in world.runtime.made if machine.frozen and not machine.destroyed]
+    world, waiting = await with_one_waiting(make_world)
     reached = world.runtime.hold("resume")
     init = Agent.init
 
@@ -309,10 +312,7 @@ async def test_an_agent_has_its_time_from_when_its_machine_goes_on(
 async def test_a_machine_of_the_pool_whose_agent_says_nothing_after_the_resume_is_replaced(
     make_world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = await make_world(memory=True, warm_max=1)
-    await world.create("s1")
-    await until(lambda: world.node.pool.size == 1)
-    (waiting,) = [machine for machine in world.runtime.made if machine.frozen and not machine.destroyed]
+    world, waiting = await with_one_waiting(make_world)
     monkeypatch.setattr(hosting, "ANSWER_SECONDS", 0.2)
     waiting.agent.stall_init.clear()
 
@@ -325,10 +325,7 @@ async def test_a_machine_of_the_pool_whose_agent_says_nothing_after_the_resume_i
 
 
 async def test_a_machine_of_the_pool_that_does_not_go_on_is_replaced(make_world: Any) -> None:
-    world = await make_world(memory=True, warm_max=1)
-    await world.create("s1")
-    await until(lambda: world.node.pool.size == 1)
-    (waiting,) = [machine for machine in world.runtime.made if machine.frozen and not machine.destroyed]
+    world, waiting = await with_one_waiting(make_world)
     world.runtime.fail_resume = "it does not go on"
 
     await world.create("s2")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import structlog
 
-from emberbox.node.records import write_file
+from emberbox.linux.writing import write_file
 from emberbox.threads import to_thread_whole
 
 log = structlog.get_logger("emberbox.node")

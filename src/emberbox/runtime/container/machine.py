@@ -157,7 +157,6 @@ class Container:
                     await to_thread_whole(self._copy_upper, target)
                 finally:
                     if not frozen_before:
-                        resuming()
                         await self._thaw()
             except BaseException as error:
                 await to_thread_whole(target.unlink, missing_ok=True)

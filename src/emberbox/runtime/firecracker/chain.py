@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from emberbox.linux import sparse
+from emberbox.linux.writing import write_file
 from emberbox.runtime.firecracker.snapshots import WHOLE, Piece, merge_pieces
 
 _LIST = "chain.json"
@@ -109,9 +110,8 @@ class Chain:
         return self._folder / "merged"
 
     def _write(self, pieces: tuple[Piece, ...]) -> None:
-        work = self._folder / f"{_LIST}.new"
-        work.write_text(json.dumps([asdict(piece) for piece in pieces]))
-        work.rename(self._folder / _LIST)
+        data = json.dumps([asdict(piece) for piece in pieces]).encode()
+        write_file(self._folder / _LIST, data, flush=False)
 
 
 def link_whole(source: Path, target: Path) -> None:

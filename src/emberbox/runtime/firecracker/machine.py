@@ -144,7 +144,7 @@ class MicroVM:
                 raise MachineGone(f"the microVM {self.spec.machine_id} has ended and cannot be saved")
             if memory:
                 return await self._save_with_memory(into, final=final, lasting=lasting, resuming=resuming)
-            return await self._save_disk(into, resuming)
+            return await self._save_disk(into)
 
     async def stats(self) -> Stats:
         stats = await asyncio.to_thread(self._read_stats)
@@ -196,7 +196,7 @@ class MicroVM:
 
     # ---- saving ----
 
-    async def _save_disk(self, into: Path, resuming: Callable[[], None]) -> Saved:
+    async def _save_disk(self, into: Path) -> Saved:
         was_running = not self._paused
         try:
             if was_running:
@@ -204,7 +204,6 @@ class MicroVM:
             await asyncio.to_thread(sparse.clone, self.spec.upper, into / snapshots.UPPER)
         finally:
             if was_running:
-                resuming()
                 await self._resume()
         return Saved(runtime=NAME, directory=into, upper=into / snapshots.UPPER, memory=False)
 

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from emberbox.linux import processes, sparse
+from emberbox.linux.writing import write_file
 from emberbox.runtime.errors import SavedDamaged
 
 FORMAT = 2
@@ -56,7 +57,7 @@ class Manifest:
 
     def write(self, folder: Path, *, flush: bool = True) -> None:
         """Put the manifest in place in one step. When it is to be flushed, all that it names must be on the disk."""
-        replace_file(folder / _MANIFEST, json.dumps(asdict(self), indent=1).encode(), flush=flush)
+        write_file(folder / _MANIFEST, json.dumps(asdict(self), indent=1).encode(), flush=flush)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -260,26 +261,3 @@ def _mark(path: Path) -> tuple[int, int, int] | None:
     except FileNotFoundError:
         return None
     return (facts.st_dev, facts.st_ino, facts.st_mtime_ns)
-
-
-def replace_file(path: Path, data: bytes, *, flush: bool = True) -> None:
-    """Put a file in place in one step: the old one or the new one is there, whole, after a power cut when flushed."""
-    work = path.with_suffix(".new")
-    try:
-        with work.open("wb") as out:
-            out.write(data)
-            if flush:
-                out.flush()
-                os.fsync(out.fileno())
-        work.rename(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            work.unlink()
-        raise
-    if not flush:
-        return
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

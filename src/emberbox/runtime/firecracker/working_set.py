@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from emberbox.runtime.firecracker.snapshots import replace_file
+from emberbox.linux.writing import write_file
 
 NAME = "working-set.json"
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -40,7 +40,7 @@ def record(pid: int, memory: Path, folder: Path) -> Ranges:
     found = _joined(_touched(pid, memory))
     if not found:
         return []
-    replace_file(folder / NAME, json.dumps(found).encode())
+    write_file(folder / NAME, json.dumps(found).encode(), flush=True)
     return found
 
 
